@@ -1,0 +1,58 @@
+/** What a received file descriptor is, and its flags: fcntl(2), proc(5). */
+import { readlinkSync, statfsSync } from "node:fs";
+import { check, libc } from "./libc.ts";
+
+const F_GETFL = 3;
+const F_SETFL = 4;
+const F_DUPFD_CLOEXEC = 1030;
+const O_ACCMODE = 3;
+const O_RDONLY = 0;
+const O_RDWR = 2;
+const O_NONBLOCK = 0o4000;
+const O_PATH = 0o10000000;
+const TMPFS_MAGIC = 0x01021994;
+const HUGETLBFS_MAGIC = 0x958458f6;
+
+const fcntl = libc.func("int fcntl(int fd, int command, int argument)");
+
+export type FdKind = "eventfd" | "pipe" | "socket" | "other";
+
+/** Read from the name the kernel gives the fd in /proc. */
+export function fdKind(fd: number): FdKind {
+  const name = readlinkSync(`/proc/self/fd/${fd}`);
+  if (name === "anon_inode:[eventfd]") return "eventfd";
+  if (name.startsWith("pipe:[")) return "pipe";
+  if (name.startsWith("socket:[")) return "socket";
+  return "other";
+}
+
+/** Whether write(2) is allowed on it; false for an O_PATH fd. */
+export function isWritable(fd: number): boolean {
+  const flags = statusFlags(fd);
+  return (flags & O_PATH) === 0 && (flags & O_ACCMODE) !== O_RDONLY;
+}
+
+/** Whether it can be mapped shared and writable. */
+export function isReadWrite(fd: number): boolean {
+  return (statusFlags(fd) & (O_PATH | O_ACCMODE)) === O_RDWR;
+}
+
+/** Whether the file is memory: on tmpfs (a memfd too) or hugetlbfs. A page of any other file may fault for ever. */
+export function isMemoryFile(fd: number): boolean {
+  const { type } = statfsSync(`/proc/self/fd/${fd}`);
+  return type === TMPFS_MAGIC || type === HUGETLBFS_MAGIC;
+}
+
+/** Sets O_NONBLOCK on the open file, which whoever sent the fd shares. */
+export function setNonBlocking(fd: number): void {
+  check(fcntl(fd, F_SETFL, statusFlags(fd) | O_NONBLOCK), "fcntl", `setting O_NONBLOCK on fd ${fd}`);
+}
+
+/** Another descriptor of the same open file, close-on-exec. */
+export function duplicate(fd: number): number {
+  return check(fcntl(fd, F_DUPFD_CLOEXEC, 0), "fcntl", `duplicating fd ${fd}`);
+}
+
+function statusFlags(fd: number): number {
+  return check(fcntl(fd, F_GETFL, 0), "fcntl", `reading the flags of fd ${fd}`);
+}

@@ -1,0 +1,132 @@
+/**
+ * vhost-user numbers: request ids, protocol feature bits, header and payload layouts, limits.
+ *
+ * Truth: QEMU docs/interop/vhost-user.rst. Everything is host-endian (little-endian on the hosts this runs on) and
+ * packed. Plain constants only: asc, tsc, Node and vitest import this same file.
+ */
+
+// struct vhost_user_header: u32 request, u32 flags, u32 size
+export const HEADER_SIZE = 12;
+export const HEADER_REQUEST = 0;
+export const HEADER_FLAGS = 4;
+export const HEADER_PAYLOAD_SIZE = 8;
+
+export const VHOST_USER_VERSION = 1;
+export const VHOST_USER_VERSION_MASK = 3;
+export const VHOST_USER_REPLY = 4;
+export const VHOST_USER_NEED_REPLY = 8;
+
+// Limits: our own largest payload (the specification's largest is 2056 bytes), SCM_MAX_FD of the kernel,
+// regions of a SET_MEM_TABLE, size of the configuration space
+export const PAYLOAD_SIZE_MAX = 4084;
+export const MESSAGE_FDS_MAX = 253;
+export const MEM_REGIONS_MAX = 8;
+export const CONFIG_SIZE_MAX = 256;
+
+// Front-end requests
+export const VHOST_USER_GET_FEATURES = 1;
+export const VHOST_USER_SET_FEATURES = 2;
+export const VHOST_USER_SET_OWNER = 3;
+export const VHOST_USER_RESET_OWNER = 4;
+export const VHOST_USER_SET_MEM_TABLE = 5;
+export const VHOST_USER_SET_LOG_BASE = 6;
+export const VHOST_USER_SET_LOG_FD = 7;
+export const VHOST_USER_SET_VRING_NUM = 8;
+export const VHOST_USER_SET_VRING_ADDR = 9;
+export const VHOST_USER_SET_VRING_BASE = 10;
+export const VHOST_USER_GET_VRING_BASE = 11;
+export const VHOST_USER_SET_VRING_KICK = 12;
+export const VHOST_USER_SET_VRING_CALL = 13;
+export const VHOST_USER_SET_VRING_ERR = 14;
+export const VHOST_USER_GET_PROTOCOL_FEATURES = 15;
+export const VHOST_USER_SET_PROTOCOL_FEATURES = 16;
+export const VHOST_USER_GET_QUEUE_NUM = 17;
+export const VHOST_USER_SET_VRING_ENABLE = 18;
+export const VHOST_USER_SEND_RARP = 19;
+export const VHOST_USER_NET_SET_MTU = 20;
+export const VHOST_USER_SET_BACKEND_REQ_FD = 21;
+export const VHOST_USER_IOTLB_MSG = 22;
+export const VHOST_USER_SET_VRING_ENDIAN = 23;
+export const VHOST_USER_GET_CONFIG = 24;
+export const VHOST_USER_SET_CONFIG = 25;
+export const VHOST_USER_CREATE_CRYPTO_SESSION = 26;
+export const VHOST_USER_CLOSE_CRYPTO_SESSION = 27;
+export const VHOST_USER_POSTCOPY_ADVISE = 28;
+export const VHOST_USER_POSTCOPY_LISTEN = 29;
+export const VHOST_USER_POSTCOPY_END = 30;
+export const VHOST_USER_GET_INFLIGHT_FD = 31;
+export const VHOST_USER_SET_INFLIGHT_FD = 32;
+export const VHOST_USER_GPU_SET_SOCKET = 33;
+export const VHOST_USER_RESET_DEVICE = 34;
+export const VHOST_USER_VRING_KICK = 35;
+export const VHOST_USER_GET_MAX_MEM_SLOTS = 36;
+export const VHOST_USER_ADD_MEM_REG = 37;
+export const VHOST_USER_REM_MEM_REG = 38;
+export const VHOST_USER_SET_STATUS = 39;
+export const VHOST_USER_GET_STATUS = 40;
+export const VHOST_USER_GET_SHARED_OBJECT = 41;
+export const VHOST_USER_SET_DEVICE_STATE_FD = 42;
+export const VHOST_USER_CHECK_DEVICE_STATE = 43;
+export const VHOST_USER_GET_SHMEM_CONFIG = 44;
+export const VHOST_USER_GET_VRING_BASE_SKIP_DRAIN = 45;
+
+// Protocol feature bit numbers
+export const VHOST_USER_PROTOCOL_F_MQ = 0;
+export const VHOST_USER_PROTOCOL_F_LOG_SHMFD = 1;
+export const VHOST_USER_PROTOCOL_F_RARP = 2;
+export const VHOST_USER_PROTOCOL_F_REPLY_ACK = 3;
+export const VHOST_USER_PROTOCOL_F_MTU = 4;
+export const VHOST_USER_PROTOCOL_F_BACKEND_REQ = 5;
+export const VHOST_USER_PROTOCOL_F_CROSS_ENDIAN = 6;
+export const VHOST_USER_PROTOCOL_F_CRYPTO_SESSION = 7;
+export const VHOST_USER_PROTOCOL_F_PAGEFAULT = 8;
+export const VHOST_USER_PROTOCOL_F_CONFIG = 9;
+export const VHOST_USER_PROTOCOL_F_BACKEND_SEND_FD = 10;
+export const VHOST_USER_PROTOCOL_F_HOST_NOTIFIER = 11;
+export const VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD = 12;
+export const VHOST_USER_PROTOCOL_F_RESET_DEVICE = 13;
+export const VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS = 14;
+export const VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS = 15;
+export const VHOST_USER_PROTOCOL_F_STATUS = 16;
+export const VHOST_USER_PROTOCOL_F_XEN_MMAP = 17;
+export const VHOST_USER_PROTOCOL_F_SHARED_OBJECT = 18;
+export const VHOST_USER_PROTOCOL_F_DEVICE_STATE = 19;
+export const VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT = 20;
+export const VHOST_USER_PROTOCOL_F_GPA_ADDRESSES = 21;
+export const VHOST_USER_PROTOCOL_F_SHMEM = 22;
+export const VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN = 23;
+
+export const U64_SIZE = 8;
+
+// struct vhost_vring_state: u32 index, u32 num
+export const VRING_STATE_SIZE = 8;
+export const VRING_STATE_INDEX = 0;
+export const VRING_STATE_NUM = 4;
+export const VRING_BASE_MAX = 65535;
+
+// struct vhost_vring_addr: u32 index, u32 flags, u64 desc, u64 used, u64 avail, u64 log; used comes before avail
+export const VRING_ADDR_SIZE = 40;
+export const VRING_ADDR_INDEX = 0;
+export const VRING_ADDR_FLAGS = 4;
+export const VRING_ADDR_DESC = 8;
+export const VRING_ADDR_USED = 16;
+export const VRING_ADDR_AVAIL = 24;
+export const VRING_ADDR_LOG = 32;
+export const VHOST_VRING_F_LOG = 1;
+
+// The u64 of SET_VRING_KICK, CALL and ERR: bits 0-7 index, bit 8 "no fd"
+export const VHOST_USER_VRING_IDX_MASK = 0xff;
+export const VHOST_USER_VRING_NOFD_MASK = 0x100;
+
+// Memory table: u32 count, u32 padding, then regions of u64 gpa, u64 size, u64 user address, u64 mmap offset
+export const MEM_TABLE_HEADER_SIZE = 8;
+export const MEM_TABLE_COUNT = 0;
+export const MEM_REGION_SIZE = 32;
+export const MEM_REGION_GPA = 0;
+export const MEM_REGION_BYTES = 8;
+export const MEM_REGION_USER_ADDRESS = 16;
+export const MEM_REGION_MMAP_OFFSET = 24;
+
+// Payload sizes of requests that are answered with an error only
+export const CONFIG_HEADER_SIZE = 12;
+export const INFLIGHT_SIZE = 24;

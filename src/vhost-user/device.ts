@@ -1,0 +1,57 @@
+/**
+ * What a vhost-user session drives: the device behind the socket.
+ *
+ * The session calls sequentially: one message is completed (the promise has settled) before the next is handled, and
+ * only then is it acknowledged. So whatever a call asks for is in effect everywhere, pollers included, once its
+ * promise settles. A call that rejects with a RelayError is a refusal: it must leave the device as it was.
+ */
+
+/** A piece of guest memory: [gpa, gpa + sizeBytes) is [mmapOffset, mmapOffset + sizeBytes) of the file `fd`. */
+export interface MemoryRegion {
+  gpa: bigint;
+  sizeBytes: bigint;
+  /** The front-end's own virtual address of the region; ring addresses come in this space. */
+  userAddress: bigint;
+  mmapOffset: bigint;
+  /** Valid until setMemory settles: map it, do not keep it. */
+  fd: number;
+}
+
+/** One started virtqueue, its addresses translated to guest physical ones, aligned and each inside one region. */
+export interface Vring {
+  index: number;
+  /** Entries; a power of two, at most 32768. */
+  size: number;
+  desc: bigint;
+  avail: bigint;
+  used: bigint;
+  /** Next avail index (mod 2^16) when the ring starts; of no meaning in updateVring and setMemory. */
+  base: number;
+  enabled: boolean;
+  /** Eventfds (call and err may be pipes, all non-blocking where we write); undefined: poll, or do not notify. Owned by the session. */
+  kick: number | undefined;
+  call: number | undefined;
+  err: number | undefined;
+}
+
+export interface Device {
+  /** Virtio features offered, without bit 30 (VHOST_USER_F_PROTOCOL_FEATURES). */
+  readonly features: bigint;
+  /** Queue pairs; virtqueues 2n and 2n + 1 are pair n. */
+  readonly queuePairs: number;
+  /** Virtio features the driver acknowledged, without bit 30; called only while no ring is started. */
+  setFeatures(features: bigint): Promise<void>;
+  /**
+   * Exactly these regions from now on; `vrings` are the started rings, addresses translated anew. Rings that the new
+   * table cannot translate were stopped before. Rejecting leaves the old table in force.
+   */
+  setMemory(regions: readonly MemoryRegion[], vrings: readonly Vring[]): Promise<void>;
+  /** From the next instant the ring is processed; it is scanned at once. */
+  startVring(vring: Vring): Promise<void>;
+  /** After this settles the device touches neither the ring nor its fds. Resolves to the next avail index. */
+  stopVring(index: number): Promise<number>;
+  /** The enable bit or an fd of a started ring changed. The old fd is no longer used once it settles. */
+  updateVring(vring: Vring): Promise<void>;
+  /** The connection is gone: all rings stop, memory is released, features are forgotten. */
+  reset(): Promise<void>;
+}

@@ -1,0 +1,109 @@
+/**
+ * The memory table of a session: checks of a SET_MEM_TABLE, and translation of user addresses to guest physical ones.
+ *
+ * Truth: QEMU docs/interop/vhost-user.rst, "Memory region description"; protocol-reference, 4.1 and 7.
+ * Immutable. Holds no fds: the device maps the regions while the message that brought them is handled.
+ */
+import { fstatSync } from "node:fs";
+import { isMemoryFile, isReadWrite } from "../../native/fd.ts";
+import { ProtocolError } from "../errors.ts";
+import type { RegionRecord } from "./codec.ts";
+import type { MemoryRegion } from "./device.ts";
+
+const ADDRESS_END = 1n << 64n;
+
+interface TableEntry extends RegionRecord {
+  /** Device and inode: what tells the same file from another once the fd is closed. */
+  file: string;
+}
+
+export class MemoryTable {
+  readonly #entries: readonly TableEntry[];
+
+  private constructor(entries: readonly TableEntry[]) {
+    this.#entries = entries;
+  }
+
+  /** The table before any SET_MEM_TABLE. */
+  static readonly empty = new MemoryTable([]);
+
+  /** Checks every region against its file and the other regions. @throws ProtocolError */
+  static of(regions: readonly MemoryRegion[]): MemoryTable {
+    regions.forEach((region, index) => {
+      checkRange(index, "gpa", region.gpa, region.sizeBytes);
+      checkRange(index, "user address", region.userAddress, region.sizeBytes);
+      checkRange(index, "mmap offset", region.mmapOffset, region.sizeBytes);
+      for (const other of regions.slice(0, index)) checkOverlap(index, region, other);
+    });
+    return new MemoryTable(regions.map(({ fd, ...record }, index) => ({ ...record, file: checkedFile(index, record, fd) })));
+  }
+
+  get isEmpty(): boolean {
+    return this.#entries.length === 0;
+  }
+
+  /** Same regions, in the same order, of the same files. */
+  equals(other: MemoryTable): boolean {
+    const same = (entry: TableEntry, index: number) => {
+      const match = other.#entries[index];
+      return (
+        match !== undefined &&
+        entry.file === match.file &&
+        entry.gpa === match.gpa &&
+        entry.sizeBytes === match.sizeBytes &&
+        entry.userAddress === match.userAddress &&
+        entry.mmapOffset === match.mmapOffset
+      );
+    };
+    return this.#entries.length === other.#entries.length && this.#entries.every(same);
+  }
+
+  /** The guest physical address of [userAddress, userAddress + sizeBytes); undefined unless one region holds all of it. */
+  translate(userAddress: bigint, sizeBytes: bigint): bigint | undefined {
+    const region = this.#entries.find(
+      (entry) =>
+        userAddress >= entry.userAddress && userAddress + sizeBytes <= entry.userAddress + entry.sizeBytes,
+    );
+    return region && region.gpa + (userAddress - region.userAddress);
+  }
+}
+
+/** The end of a range must be an address too. */
+function checkRange(index: number, what: string, start: bigint, sizeBytes: bigint): void {
+  if (sizeBytes === 0n) throw new ProtocolError(`region ${index} is empty`);
+  if (start + sizeBytes >= ADDRESS_END) {
+    throw new ProtocolError(`region ${index}: ${what} ${hex(start)} + size ${hex(sizeBytes)} passes the end of 64 bits`);
+  }
+}
+
+function checkOverlap(index: number, region: MemoryRegion, other: MemoryRegion): void {
+  const overlaps = (start: bigint, otherStart: bigint) =>
+    start < otherStart + other.sizeBytes && otherStart < start + region.sizeBytes;
+  if (overlaps(region.gpa, other.gpa)) {
+    throw new ProtocolError(`region ${index} at gpa ${hex(region.gpa)} overlaps the one at gpa ${hex(other.gpa)}`);
+  }
+  if (overlaps(region.userAddress, other.userAddress)) {
+    throw new ProtocolError(
+      `region ${index} at user address ${hex(region.userAddress)} overlaps the one at ${hex(other.userAddress)}`,
+    );
+  }
+}
+
+/** A load from a page past a file's end kills the process, one from a network file may hang it. */
+function checkedFile(index: number, { mmapOffset, sizeBytes }: RegionRecord, fd: number): string {
+  const stat = fstatSync(fd, { bigint: true });
+  if (!stat.isFile() || !isMemoryFile(fd)) {
+    throw new ProtocolError(`region ${index} is no file on tmpfs or hugetlbfs; use a memfd or a file in /dev/shm`);
+  }
+  if (!isReadWrite(fd)) throw new ProtocolError(`region ${index}: its file is not open for reading and writing`);
+  if (mmapOffset + sizeBytes > stat.size) {
+    throw new ProtocolError(
+      `region ${index} ends at byte ${hex(mmapOffset + sizeBytes)} of a file of ${hex(stat.size)} bytes`,
+    );
+  }
+  return `${stat.dev}:${stat.ino}`;
+}
+
+export function hex(value: bigint): string {
+  return `0x${value.toString(16)}`;
+}

@@ -1,0 +1,180 @@
+/**
+ * The state of one session, and the ring state machine that joins it to the device.
+ *
+ * Truth: protocol-reference, section 5. Every method completes on the device before the state says so; when the device
+ * refuses, the state is what it was.
+ */
+import { close } from "../../native/libc.ts";
+import { ProtocolError, RelayError } from "../errors.ts";
+import {
+  VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+  VHOST_USER_PROTOCOL_F_MQ,
+  VHOST_USER_PROTOCOL_F_REPLY_ACK,
+} from "../layout/vhost-user.ts";
+import { VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_RING_F_EVENT_IDX } from "../layout/virtio.ts";
+import type { Device, MemoryRegion, Vring } from "./device.ts";
+import { MemoryTable } from "./memory-table.ts";
+import { VringState } from "./vring.ts";
+
+export const PROTOCOL_FEATURES_BIT = bit(VHOST_USER_F_PROTOCOL_FEATURES);
+
+/** The protocol features this back-end offers. */
+export const OFFERED_PROTOCOL_FEATURES =
+  bit(VHOST_USER_PROTOCOL_F_MQ) | bit(VHOST_USER_PROTOCOL_F_REPLY_ACK) | bit(VHOST_USER_PROTOCOL_F_BACKEND_REQ);
+
+export class SessionState {
+  readonly device: Device;
+  readonly vrings: readonly VringState[];
+  /** What SET_FEATURES acknowledged, bit 30 included; undefined before. */
+  features: bigint | undefined;
+  protocolFeatures = 0n;
+  #table = MemoryTable.empty;
+  #backendRequestFd: number | undefined;
+
+  constructor(device: Device) {
+    this.device = device;
+    this.vrings = Array.from({ length: 2 * device.queuePairs }, (_, index) => new VringState(index));
+  }
+
+  /** @throws ProtocolError when there is no such ring */
+  vring(index: number): VringState {
+    const ring = this.vrings[index];
+    if (ring === undefined) throw new ProtocolError(`ring ${index} does not exist, there are ${this.vrings.length}`);
+    return ring;
+  }
+
+  /** The ring, if its size, addresses and base may be set. @throws ProtocolError while it runs */
+  settableVring(index: number): VringState {
+    const ring = this.vring(index);
+    if (ring.running !== undefined) throw new ProtocolError(`ring ${index} is started; stop it by GET_VRING_BASE first`);
+    return ring;
+  }
+
+  isNegotiated(protocolFeature: number): boolean {
+    return (this.protocolFeatures & bit(protocolFeature)) !== 0n;
+  }
+
+  /** Whether the ring's areas could be used now; true while that cannot be said for want of a size or a table. */
+  isPlaceable(ring: VringState): boolean {
+    return ring.size === 0 || this.#table.isEmpty || this.#translate(ring, this.#table) !== undefined;
+  }
+
+  /** Features may change only while no ring runs; without bit 30 all rings are enabled from now on. */
+  async setFeatures(features: bigint): Promise<void> {
+    if (this.vrings.some((ring) => ring.running !== undefined)) {
+      if (features !== this.features) throw new ProtocolError("features cannot change while a ring is started");
+    } else {
+      await this.device.setFeatures(features & ~PROTOCOL_FEATURES_BIT);
+    }
+    this.features = features;
+    if ((features & PROTOCOL_FEATURES_BIT) !== 0n) return;
+    for (const ring of this.vrings) await this.enable(ring, true);
+  }
+
+  /** Replaces the memory table. Rings it cannot translate stop and wait, waiting rings it can translate start. */
+  async setMemory(regions: readonly MemoryRegion[]): Promise<void> {
+    const table = MemoryTable.of(regions);
+    if (table.equals(this.#table)) return;
+    const running = this.vrings.filter((ring) => ring.running !== undefined);
+    const placed = new Map(running.map((ring) => [ring, this.#translate(ring, table)]));
+    try {
+      for (const [ring, areas] of placed) if (areas === undefined) await this.#pause(ring);
+      const kept: Vring[] = [];
+      for (const [ring, areas] of placed) if (areas !== undefined) kept.push(ring.at(areas));
+      await this.device.setMemory(regions, kept);
+    } catch (error) {
+      await this.#startAll();
+      throw error;
+    }
+    this.#table = table;
+    for (const [ring, areas] of placed) ring.running = areas;
+    await this.#startAll();
+  }
+
+  /** Starts a kicked ring as soon as it is complete; does nothing before, or when it runs. */
+  async start(ring: VringState): Promise<void> {
+    if (!ring.kicked || ring.running !== undefined) return;
+    const areas = this.#translate(ring, this.#table);
+    if (areas === undefined) return;
+    await this.device.startVring(ring.at(areas));
+    ring.running = areas;
+  }
+
+  /** Ends the ring. Returns its next avail index. */
+  async stop(ring: VringState): Promise<number> {
+    if (ring.running !== undefined) await this.#pause(ring);
+    ring.stopped(ring.base);
+    return ring.base;
+  }
+
+  async enable(ring: VringState, enabled: boolean): Promise<void> {
+    const before = ring.enabled;
+    ring.enabled = enabled;
+    try {
+      await this.#update(ring);
+    } catch (error) {
+      ring.enabled = before;
+      throw error;
+    }
+  }
+
+  /** Takes `fd` over once it is in effect; before, and when the device refuses it, it is the caller's. */
+  async setFd(ring: VringState, which: "kick" | "call" | "err", fd: number | undefined): Promise<void> {
+    const before = ring[which];
+    const kicked = ring.kicked;
+    ring[which] = fd;
+    ring.kicked ||= which === "kick";
+    try {
+      await (ring.running === undefined ? this.start(ring) : this.#update(ring));
+    } catch (error) {
+      ring[which] = before;
+      ring.kicked = kicked;
+      throw error;
+    }
+    if (before !== undefined) close(before);
+  }
+
+  setBackendRequestFd(fd: number): void {
+    if (this.#backendRequestFd !== undefined) close(this.#backendRequestFd);
+    this.#backendRequestFd = fd;
+  }
+
+  /** The connection is gone: the device lets go of everything, then the fds are closed. */
+  async end(): Promise<void> {
+    try {
+      await this.device.reset();
+    } finally {
+      for (const ring of this.vrings) ring.closeFds();
+      if (this.#backendRequestFd !== undefined) close(this.#backendRequestFd);
+      this.#backendRequestFd = undefined;
+    }
+  }
+
+  async #update(ring: VringState): Promise<void> {
+    if (ring.running !== undefined) await this.device.updateVring(ring.at(ring.running));
+  }
+
+  /** Stops the ring on the device; it keeps its fds and addresses and will go on from where it stopped. */
+  async #pause(ring: VringState): Promise<void> {
+    ring.base = await this.device.stopVring(ring.index);
+    ring.running = undefined;
+  }
+
+  /** Nothing is left to go back to when a ring cannot be started again, so the connection is dropped. */
+  async #startAll(): Promise<void> {
+    try {
+      for (const ring of this.vrings) await this.start(ring);
+    } catch (error) {
+      if (!(error instanceof RelayError)) throw error;
+      throw new ProtocolError(`a ring did not start under a new memory table: ${error.message}`, "drop");
+    }
+  }
+
+  #translate(ring: VringState, table: MemoryTable) {
+    return ring.translate(table, ((this.features ?? 0n) & bit(VIRTIO_RING_F_EVENT_IDX)) !== 0n);
+  }
+}
+
+export function bit(number: number): bigint {
+  return 1n << BigInt(number);
+}
