@@ -1,0 +1,81 @@
+/** DPDK's virtio_user ports forward through `vhost-relay run`: a polling driver, at the rate the relay takes. */
+import { afterEach, beforeEach, describe, expect, test } from "vitest";
+import { Relay } from "./relay.ts";
+import { Testpmd } from "./testpmd.ts";
+import type { Counter, PortStats, TestpmdOptions } from "./testpmd.ts";
+import { missingTools } from "./tools.ts";
+
+const missing = missingTools("dpdk-testpmd");
+const wanted = 200_000;
+
+const total = (stats: readonly PortStats[], counter: Counter): number =>
+  stats.reduce((sum, port) => sum + port[counter], 0);
+
+describe.skipIf(missing !== undefined)(`DPDK testpmd, one link${missing ? `: ${missing}` : ""}`, () => {
+  let relay: Relay;
+
+  beforeEach(async () => {
+    relay = await Relay.start();
+  });
+
+  afterEach(async () => {
+    await relay[Symbol.asyncDispose]();
+  });
+
+  const start = (options: Omit<TestpmdOptions, "sockets">) => Testpmd.start({ sockets: relay.sockets, ...options });
+
+  /** Puts packets on the link and lets the ports hand them back and forth until `wanted` have arrived at each. */
+  async function forward(testpmd: Testpmd): Promise<void> {
+    await testpmd.command("start tx_first 8");
+    await testpmd.statsWhen(`${wanted} packets at each port`, (ports) =>
+      ports.every(({ rxPackets }) => rxPackets > wanted),
+    );
+    await testpmd.command("stop");
+  }
+
+  /** Takes what is still on the link off it; then each port must have received all that the other one sent. */
+  async function expectNothingLost(testpmd: Testpmd): Promise<void> {
+    await testpmd.command("set fwd rxonly");
+    await testpmd.command("start");
+    const ports = await testpmd.statsWhen(
+      "every sent packet arrive",
+      (now) => total(now, "rxPackets") >= total(now, "txPackets"),
+    );
+    await testpmd.command("stop");
+    expect(ports.map(({ rxPackets }) => rxPackets)).toEqual(ports.map(({ txPackets }) => txPackets).toReversed());
+    for (const counter of ["rxErrors", "rxNombuf", "txErrors"] as const) expect(total(ports, counter)).toBe(0);
+  }
+
+  test.each([
+    { mergeable: true, frame: "64" },
+    { mergeable: false, frame: "64" },
+    { mergeable: true, frame: "1518" },
+    { mergeable: false, frame: "1518" },
+  ])("mergeable buffers $mergeable: frames of $frame bytes go back and forth, none is lost", async (given) => {
+    await using testpmd = await start({ mergeable: given.mergeable });
+    await testpmd.command(`set txpkts ${given.frame}`);
+    await forward(testpmd);
+    await expectNothingLost(testpmd);
+    await testpmd.quit();
+  });
+
+  test("a 6000-byte frame sent as a chain of three buffers arrives in merged ones", async () => {
+    await using testpmd = await start({
+      mergeable: true,
+      maxFrameBytes: 9018,
+      args: ["--enable-scatter"],
+    });
+    await testpmd.command("set txpkts 2000,2000,2000");
+    await forward(testpmd);
+    await expectNothingLost(testpmd);
+    await testpmd.quit();
+  });
+
+  test("testpmd started again on the same sockets forwards again, after a clean end and after SIGKILL", async () => {
+    for (const end of ["quit", "kill", "quit"] as const) {
+      await using testpmd = await start({ mergeable: true });
+      await forward(testpmd);
+      await testpmd[end]();
+    }
+  });
+});

@@ -1,0 +1,12 @@
+/** The tests with real guests: `npm run test:guests`. They share the machine's CPUs, so one file runs at a time. */
+import { defineConfig } from "vitest/config";
+
+export default defineConfig({
+  test: {
+    include: ["test/guests/**/*.test.ts"],
+    fileParallelism: false,
+    // what hangs is reported by program.ts, with the program's output, before this
+    testTimeout: 300_000,
+    hookTimeout: 300_000,
+  },
+});
