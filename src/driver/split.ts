@@ -274,7 +274,8 @@ export class SplitDriver {
    * @throws DeviceError if the device broke the used ring
    */
   pop(): number {
-    if (this.#lastUsed === this.#usedSeen && !this.#loadUsedIdx()) return -1;
+    if (this.#lastUsed === this.#usedSeen) this.#loadUsedIdx();
+    if (this.#lastUsed === this.#usedSeen) return -1;
     const word = (this.#lastUsed & this.#mask) * USED_WORDS;
     const head = this.#used[word + USED_ID_WORD]!;
     const len = this.#used[word + USED_LEN_WORD]!;
@@ -329,13 +330,15 @@ export class SplitDriver {
   }
 
   /**
-   * Asks the device to interrupt at the next used entry.
-   * @returns whether the caller may sleep; false if an entry was used before the device could know, so pop() first
+   * Asks the device to interrupt at the next used entry, or with event indexes after letting `skip` entries pass.
+   * @param skip less than outstanding, or the interrupt may never come
+   * @returns whether the caller may sleep; false if that many were used before the device could know, so pop() first
    */
-  enableInterrupts(): boolean {
-    if (this.#eventIdx) Atomics.store(this.#avail, this.#usedEvent, this.#lastUsed);
+  enableInterrupts(skip = 0): boolean {
+    if (this.#eventIdx) Atomics.store(this.#avail, this.#usedEvent, (this.#lastUsed + skip) & 0xffff);
     else Atomics.store(this.#avail, AVAIL_FLAGS >> 1, 0);
-    return this.#lastUsed === this.#usedSeen && !this.#loadUsedIdx();
+    this.#loadUsedIdx();
+    return ((this.#usedSeen - this.#lastUsed) & 0xffff) <= (this.#eventIdx ? skip : 0);
   }
 
   #makeAvailable(head: number, writable: number): void {
@@ -344,13 +347,12 @@ export class SplitDriver {
     this.#availIdx = (this.#availIdx + 1) & 0xffff;
   }
 
-  #loadUsedIdx(): boolean {
+  #loadUsedIdx(): void {
     const idx = Atomics.load(this.#usedWords, USED_IDX >> 1);
     const fresh = (idx - this.#lastUsed) & 0xffff;
     const given = (this.#published - this.#lastUsed) & 0xffff;
     if (fresh > given) this.#fail(`idx ${idx} announces ${fresh} entries, but the device has ${given} chains`);
     this.#usedSeen = idx;
-    return fresh !== 0;
   }
 
   #failEntry(head: number, len: number): never {

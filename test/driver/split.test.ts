@@ -271,6 +271,18 @@ describe("interrupts (2.7.7 and 2.7.8: the driver's suppression)", () => {
     expect([device.availFlags, device.usedEvent]).toEqual([0, 2]);
   });
 
+  test("with event indexes an interrupt can be put off: no sleep once that many entries were used", () => {
+    const { driver, device } = ring({ base: 65535 });
+    for (let i = 0; i < 4; i++) driver.addBuffer(0, 0, 1, false);
+    driver.publish();
+    device.use(device.take()!.head, 0);
+    device.use(device.take()!.head, 0);
+    expect(driver.enableInterrupts(2)).toBe(true);
+    expect(device.usedEvent).toBe(1);
+    device.use(device.take()!.head, 0);
+    expect(driver.enableInterrupts(2)).toBe(false);
+  });
+
   test.each([true, false])("eventIdx %s: enabling after an entry was used says not to sleep", (eventIdx) => {
     const { driver, device } = ring({ eventIdx });
     const head = driver.addBuffer(0, 0, 1, true);
