@@ -3,8 +3,8 @@
  * libraries, the kernel's own virtio_net modules, and an /init that serves commands.
  *
  * The archive format is cpio "newc" (Linux: Documentation/driver-api/early-userspace/buffer-format.rst), written here
- * because that needs neither root for the device node nor a staging directory. The image is kept in build/guests under a
- * name made from its sources' sizes and times, so an updated package or a changed /init makes a new one.
+ * because that needs neither root for the device node nor a staging directory. The image is kept in build/guests under
+ * a name made from its sources' sizes and times, so an updated package or a changed /init makes a new one.
  */
 import { execFileSync } from "node:child_process";
 import { createHash } from "node:crypto";
