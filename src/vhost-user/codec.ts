@@ -173,7 +173,11 @@ export function encodeMemTable(regions: readonly RegionRecord[]): Buffer {
   return bytes;
 }
 
-/** @throws ProtocolError unless there are 1 to 8 regions and the payload has exactly their size */
+/**
+ * User-mode Linux always sends its whole array, unused entries too: a payload may be longer than its regions, by
+ * whole regions.
+ * @throws ProtocolError unless there are 1 to 8 regions and the payload holds them
+ */
 export function decodeMemTable(payload: Buffer): RegionRecord[] {
   const count = payload.length < L.MEM_TABLE_HEADER_SIZE ? 0 : payload.readUInt32LE(L.MEM_TABLE_COUNT);
   if (count < 1 || count > L.MEM_REGIONS_MAX) {
@@ -183,7 +187,7 @@ export function decodeMemTable(payload: Buffer): RegionRecord[] {
     );
   }
   const size = L.MEM_TABLE_HEADER_SIZE + count * L.MEM_REGION_SIZE;
-  if (payload.length !== size) {
+  if (payload.length < size || (payload.length - size) % L.MEM_REGION_SIZE !== 0) {
     throw new ProtocolError(`memory table of ${count} regions in ${payload.length} bytes, expected ${size}`);
   }
   return Array.from({ length: count }, (_, index) => {

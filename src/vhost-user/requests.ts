@@ -39,6 +39,9 @@ export interface Request {
   handle?: Handler;
 }
 
+/** What we write call and err signals to; user-mode Linux passes one end of a socket pair. */
+const SIGNAL_KINDS: FdKind[] = ["eventfd", "pipe", "socket"];
+
 const getFeatures: Handler = ({ device }) => encodeU64(device.features | PROTOCOL_FEATURES_BIT);
 
 const setFeatures: Handler = async (state, { payload }) => {
@@ -110,11 +113,11 @@ const setVringKick: Handler = async (state, message) => {
 };
 
 const setVringCall: Handler = async (state, message) => {
-  await setVringFd(state, message, "call", ["eventfd", "pipe"]);
+  await setVringFd(state, message, "call", SIGNAL_KINDS);
 };
 
 const setVringErr: Handler = async (state, message) => {
-  await setVringFd(state, message, "err", ["eventfd", "pipe"]);
+  await setVringFd(state, message, "err", SIGNAL_KINDS);
 };
 
 /** Front-ends may enable rings before SET_FEATURES, when only the offer of bit 30 is known. */

@@ -1,0 +1,36 @@
+/**
+ * The core: one lane. It carries frames from one guest's transmitq to another's receiveq.
+ *
+ * Theory of operation. The host instantiates the core with a memory 0 of its own (src/layout/lane.ts) and the segments of
+ * its two guests, writes rings and extents into memory 0, and calls poll() for ever. The core never blocks, never
+ * allocates and imports nothing but guest accessors; whatever a guest writes, the outcome is a counter, a chain returned
+ * with length 0, or a broken ring. Each ring index, head, descriptor and header byte is loaded from guest memory once
+ * into a local, checked there and used from there. Every loop over guest data is bounded by the ring size.
+ */
+import { awaitKicks, carryFrames, forgetWait, ignoreKicks } from "./lane/copy";
+import { forgetExtents } from "./translate";
+
+/**
+ * Carries at most `budget` frames.
+ * @param stuck nonzero: waited too long for receive buffers, drop frames that find none
+ * @returns POLL_* of src/layout/lane.ts
+ */
+export function poll(budget: u32, stuck: u32): u32 {
+  return carryFrames(budget, stuck != 0);
+}
+
+/** Before blocking: asks the drivers for kicks. @param stuck as for poll @returns nonzero if there is work after all */
+export function arm(stuck: u32): u32 {
+  return awaitKicks(stuck != 0) ? 1 : 0;
+}
+
+/** After blocking: the rings are polled again. */
+export function disarm(): void {
+  ignoreKicks();
+}
+
+/** The control plane has changed rings or extents in memory 0. */
+export function refresh(): void {
+  forgetExtents();
+  forgetWait();
+}

@@ -1,0 +1,205 @@
+/**
+ * The thread of a poller: runs lanes until it is told to stop.
+ *
+ * While there is work it never blocks. When there was none for a short grace it asks the drivers for kicks, looks once
+ * more, and sleeps on all kick fds and the control eventfd; asleep it costs nothing. Modes: `adaptive` is that, `interrupt` has no
+ * grace, `busy` never sleeps.
+ */
+import { receiveMessageOnPort } from "node:worker_threads";
+import { Epoll } from "../../native/epoll.ts";
+import { signal } from "../../native/eventfd.ts";
+import { nameThread, pinThread } from "../../native/sched.ts";
+import {
+  COUNTERS,
+  COUNT_KICKS,
+  POLL_BROKE_DESTINATION,
+  POLL_BROKE_SOURCE,
+  POLL_CALL_DESTINATION,
+  POLL_CALL_SOURCE,
+  POLL_COUNT,
+  POLL_WAITING,
+} from "../layout/lane.ts";
+import { type Core, instantiateCore } from "./core.ts";
+import {
+  CONTROL_BUSY,
+  CONTROL_COMMANDS,
+  CONTROL_IDLE,
+  CONTROL_SLEEPS,
+  type Command,
+  type LaneTask,
+  type PollerMessage,
+  type PollerTask,
+  type VringFds,
+} from "./poller.ts";
+
+/** Frames per lane and turn: large enough to spread the cost of publishing, small enough to be fair. */
+const BUDGET = 64;
+/** Idle time before sleeping. A wake-up costs the peer a system call and us tens of microseconds. */
+const GRACE_MS = 0.05;
+
+interface RunningLane {
+  id: number;
+  core: Core;
+  source: VringFds;
+  destination: VringFds;
+  kicks: BigUint64Array;
+  /** When it began to wait for receive buffers, 0: it does not. */
+  waitingSince: number;
+  /** 1: it waited too long, frames without buffers are dropped. */
+  stuck: number;
+}
+
+export default function pollLanes(task: PollerTask): void {
+  new PollerThread(task).run();
+}
+
+class PollerThread {
+  readonly #task: PollerTask;
+  readonly #epoll = new Epoll();
+  /** All lanes ever run here, parked ones too: a parked lane keeps its instance. */
+  readonly #known = new Map<number, RunningLane>();
+  readonly #kickOwners = new Map<number, RunningLane>();
+  #lanes: RunningLane[] = [];
+  #handled = 0n;
+  #stopping = false;
+
+  constructor(task: PollerTask) {
+    this.#task = task;
+    nameThread(task.name);
+    if (task.cpu !== undefined) pinThread(task.cpu);
+    this.#epoll.add(task.wake);
+  }
+
+  run(): void {
+    const { control, mode } = this.#task;
+    let idleSince = 0;
+    while (!this.#stopping) {
+      let moved = 0;
+      for (const lane of this.#lanes) moved += this.#turn(lane);
+      if (Atomics.load(control, CONTROL_COMMANDS) !== this.#handled) this.#handleCommands();
+      if (moved !== 0) {
+        idleSince = 0;
+        control[CONTROL_BUSY]!++;
+        continue;
+      }
+      control[CONTROL_IDLE]!++;
+      if (mode === "busy") continue;
+      if (mode === "adaptive") {
+        const now = performance.now();
+        idleSince ||= now;
+        if (now - idleSince < GRACE_MS) continue;
+      }
+      this.#sleep();
+      idleSince = 0;
+    }
+    this.#epoll.close();
+  }
+
+  /** One turn of one lane. @returns how many transmit chains it took */
+  #turn(lane: RunningLane): number {
+    let result: number;
+    try {
+      result = lane.core.poll(BUDGET, lane.stuck);
+    } catch (error) {
+      this.#park(lane.id);
+      this.#post({ type: "trapped", lane: lane.id, reason: String(error) });
+      return 0;
+    }
+    if (result > POLL_COUNT || lane.waitingSince !== 0) this.#act(lane, result);
+    return result & POLL_COUNT;
+  }
+
+  #act(lane: RunningLane, result: number): void {
+    if (result & POLL_CALL_SOURCE && lane.source.call !== undefined) signal(lane.source.call);
+    if (result & POLL_CALL_DESTINATION && lane.destination.call !== undefined) signal(lane.destination.call);
+    if (result & POLL_BROKE_SOURCE) this.#reportBroken(lane, "source");
+    if (result & POLL_BROKE_DESTINATION) this.#reportBroken(lane, "destination");
+    if (!(result & POLL_WAITING)) {
+      lane.waitingSince = lane.stuck = 0;
+    } else if (!lane.stuck) {
+      const now = performance.now();
+      lane.waitingSince ||= now;
+      if (now - lane.waitingSince >= this.#task.stallMs) lane.stuck = 1;
+    }
+  }
+
+  #reportBroken(lane: RunningLane, end: "source" | "destination"): void {
+    const { err } = lane[end];
+    if (err !== undefined) signal(err);
+    this.#post({ type: "broken", lane: lane.id, end });
+  }
+
+  /** Sleeps until a kick, a command, or the end of some lane's patience; does not if there is work after all. */
+  #sleep(): void {
+    let timeoutMs = -1;
+    let work = 0;
+    for (const lane of this.#lanes) {
+      work |= lane.core.arm(lane.stuck);
+      if (lane.waitingSince !== 0 && !lane.stuck) {
+        const left = Math.max(0, Math.ceil(lane.waitingSince + this.#task.stallMs - performance.now()));
+        timeoutMs = timeoutMs < 0 ? left : Math.min(timeoutMs, left);
+      }
+    }
+    if (!work) {
+      this.#task.control[CONTROL_SLEEPS]!++;
+      const ready = this.#epoll.wait(timeoutMs);
+      for (let i = 0; i < ready; i++) {
+        const kicked = this.#kickOwners.get(this.#epoll.ready(i));
+        if (kicked) kicked.kicks[0]!++;
+      }
+    }
+    for (const lane of this.#lanes) lane.core.disarm();
+  }
+
+  #handleCommands(): void {
+    this.#handled = Atomics.load(this.#task.control, CONTROL_COMMANDS);
+    for (let received; (received = receiveMessageOnPort(this.#task.port));) {
+      const command = received.message as Command;
+      if (command.type === "run") this.#run(command.task);
+      else if (command.type === "park") this.#park(command.lane);
+      else this.#stopping = true;
+      this.#post({ type: "done", sequence: command.sequence });
+    }
+  }
+
+  #run({ lane: id, memories, source, destination }: LaneTask): void {
+    this.#park(id);
+    const known = this.#known.get(id);
+    const lane: RunningLane = memories
+      ? {
+          id,
+          core: instantiateCore(memories.own, memories.source, memories.destination),
+          kicks: new BigUint64Array(memories.own.buffer, COUNTERS + COUNT_KICKS, 1),
+          source,
+          destination,
+          waitingSince: 0,
+          stuck: 0,
+        }
+      : { ...(known as RunningLane), source, destination, waitingSince: 0, stuck: 0 };
+    lane.core.refresh();
+    this.#known.set(id, lane);
+    this.#lanes.push(lane);
+    for (const fd of kickFds(lane)) {
+      this.#epoll.add(fd);
+      this.#kickOwners.set(fd, lane);
+    }
+  }
+
+  #park(id: number): void {
+    const lane = this.#lanes.find((candidate) => candidate.id === id);
+    if (!lane) return;
+    this.#lanes = this.#lanes.filter((other) => other !== lane);
+    for (const fd of kickFds(lane)) {
+      this.#epoll.remove(fd);
+      this.#kickOwners.delete(fd);
+    }
+  }
+
+  #post(message: PollerMessage): void {
+    this.#task.port.postMessage(message);
+  }
+}
+
+function kickFds(lane: RunningLane): number[] {
+  return [lane.source.kick, lane.destination.kick].filter((fd) => fd !== undefined);
+}

@@ -1,0 +1,197 @@
+/**
+ * A poller as the control plane sees it: one worker thread that runs lanes, and the commands it takes.
+ *
+ * piscina spawns and supervises the thread; its one task (poller-thread.ts) is endless. A command travels as a message
+ * that the thread looks for when the control word moved; an eventfd wakes it if it sleeps. A command is in effect
+ * everywhere once its promise settles.
+ */
+import { extname } from "node:path";
+import { MessageChannel, type MessagePort } from "node:worker_threads";
+import { Piscina } from "piscina";
+import { eventfdCreate, signal } from "../../native/eventfd.ts";
+import { close } from "../../native/libc.ts";
+
+export type PollMode = "adaptive" | "busy" | "interrupt";
+
+export interface PollerOptions {
+  mode: PollMode;
+  /** CPUs to pin pollers to, one each. */
+  cpus: readonly number[];
+  /** Pollers to start when no CPUs are given. */
+  pollers: number;
+  /** How long a lane waits for receive buffers before it drops. */
+  stallMs: number;
+}
+
+/** What a thread needs to run a lane. Memories are sent only when they changed: receiving them costs a thread a garbage collection. */
+export interface LaneTask {
+  lane: number;
+  name: string;
+  memories:
+    | { own: WebAssembly.Memory; source: readonly WebAssembly.Memory[]; destination: readonly WebAssembly.Memory[] }
+    | undefined;
+  source: VringFds;
+  destination: VringFds;
+}
+
+export interface VringFds {
+  kick: number | undefined;
+  call: number | undefined;
+  err: number | undefined;
+}
+
+export type Command = { sequence: number } & (
+  | { type: "run"; task: LaneTask }
+  | { type: "park"; lane: number }
+  | { type: "stop" }
+);
+
+export type PollerMessage =
+  | { type: "done"; sequence: number }
+  /** A driver broke the format of its virtqueue; the core stopped it. */
+  | { type: "broken"; lane: number; end: "source" | "destination" }
+  /** The lane's code trapped: our bug. It is parked for good. */
+  | { type: "trapped"; lane: number; reason: string };
+
+/** Words shared with the thread: commands posted; then iterations that moved frames, those that did not, and sleeps. */
+export const CONTROL_COMMANDS = 0;
+export const CONTROL_BUSY = 1;
+export const CONTROL_IDLE = 2;
+export const CONTROL_SLEEPS = 3;
+export const CONTROL_WORDS = 4;
+
+/** What is handed to the thread's task. */
+export interface PollerTask {
+  port: MessagePort;
+  control: BigInt64Array;
+  wake: number;
+  name: string;
+  mode: PollMode;
+  cpu: number | undefined;
+  stallMs: number;
+}
+
+export class Poller {
+  readonly cpu: number | undefined;
+  readonly #port: MessagePort;
+  readonly #control = new BigInt64Array(new SharedArrayBuffer(8 * CONTROL_WORDS));
+  readonly #wake = eventfdCreate();
+  readonly #pending = new Map<number, () => void>();
+  #sequence = 0;
+
+  constructor(
+    pool: Piscina,
+    name: string,
+    cpu: number | undefined,
+    options: PollerOptions,
+    onMessage: (message: PollerMessage) => void,
+    onFailure: (error: unknown) => void,
+  ) {
+    this.cpu = cpu;
+    const { port1, port2 } = new MessageChannel();
+    this.#port = port1;
+    port1.on("message", (message: PollerMessage) => {
+      if (message.type === "done") this.#settle(message.sequence);
+      else onMessage(message);
+    });
+    const task: PollerTask = {
+      port: port2,
+      control: this.#control,
+      wake: this.#wake,
+      name,
+      mode: options.mode,
+      cpu,
+      stallMs: options.stallMs,
+    };
+    // piscina's declaration picks the wrong overload of postMessage
+    const transferList = [port2] as unknown as NonNullable<Parameters<Piscina["run"]>[1]>["transferList"];
+    pool.run(task, { transferList }).then(
+      () => this.#end(),
+      (error: unknown) => {
+        this.#end();
+        onFailure(error);
+      },
+    );
+  }
+
+  /** Lets the lane run by what its memory 0 says now. */
+  run(task: LaneTask): Promise<void> {
+    return this.#command({ type: "run", task });
+  }
+
+  /** Until the lane runs again the thread touches neither its memories nor its fds. */
+  park(lane: number): Promise<void> {
+    return this.#command({ type: "park", lane });
+  }
+
+  stop(): Promise<void> {
+    return this.#command({ type: "stop" });
+  }
+
+  /** Since the thread started: loop iterations that moved frames, those that did not, and times it went to sleep. */
+  get iterations(): { busy: number; idle: number; sleeps: number } {
+    const read = (word: number) => Number(Atomics.load(this.#control, word));
+    return { busy: read(CONTROL_BUSY), idle: read(CONTROL_IDLE), sleeps: read(CONTROL_SLEEPS) };
+  }
+
+  #command(
+    command: { type: "run"; task: LaneTask } | { type: "park"; lane: number } | { type: "stop" },
+  ): Promise<void> {
+    const sequence = this.#sequence++;
+    return new Promise((resolve) => {
+      this.#pending.set(sequence, resolve);
+      this.#port.postMessage({ ...command, sequence } satisfies Command);
+      Atomics.add(this.#control, CONTROL_COMMANDS, 1n);
+      signal(this.#wake);
+    });
+  }
+
+  #settle(sequence: number): void {
+    this.#pending.get(sequence)?.();
+    this.#pending.delete(sequence);
+  }
+
+  /** The thread has ended: what was asked of it is moot. */
+  #end(): void {
+    for (const sequence of this.#pending.keys()) this.#settle(sequence);
+    this.#port.close();
+    close(this.#wake);
+  }
+}
+
+export class Pollers {
+  readonly all: readonly Poller[];
+  readonly #pool: Piscina;
+  #next = 0;
+
+  /** @param onFailure a thread died: nothing it ran will move again */
+  constructor(
+    options: PollerOptions,
+    onMessage: (message: PollerMessage) => void,
+    onFailure: (error: unknown) => void,
+  ) {
+    const threads = options.cpus.length || options.pollers;
+    this.#pool = new Piscina({
+      filename: new URL(`./poller-thread${extname(import.meta.url)}`, import.meta.url).href,
+      minThreads: threads,
+      maxThreads: threads,
+      concurrentTasksPerWorker: 1,
+      idleTimeout: Number.POSITIVE_INFINITY,
+      atomics: "disabled",
+    });
+    this.all = Array.from(
+      { length: threads },
+      (_, i) => new Poller(this.#pool, `relay-poll-${i}`, options.cpus[i], options, onMessage, onFailure),
+    );
+  }
+
+  /** The poller for the next lane: they take turns. */
+  next(): Poller {
+    return this.all[this.#next++ % this.all.length] as Poller;
+  }
+
+  async close(): Promise<void> {
+    await Promise.all(this.all.map((poller) => poller.stop()));
+    await this.#pool.close();
+  }
+}

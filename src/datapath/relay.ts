@@ -1,0 +1,162 @@
+/**
+ * The relay: links, their ports and the pollers that move frames between them. What the library gives to its users.
+ */
+import { ConfigError } from "../errors.ts";
+import { isGuestPort, type AnyPort, type GuestPort } from "../ports/port.ts";
+import { parsePort } from "../ports/spec.ts";
+import { VhostUserPort } from "../ports/vhost-user.ts";
+import type { ServerEvent } from "../vhost-user/server.ts";
+import type { LaneCounters } from "./lane.ts";
+import { Link, type PlacedLane } from "./link.ts";
+import { Pollers, type PollMode, type PollerMessage } from "./poller.ts";
+
+export interface RelayOptions {
+  /** Pairs of ports to join, each written as on the command line: `["vhost-user:/run/a.sock", "vhost-user:/run/b.sock"]`. */
+  links: readonly (readonly [string, string])[];
+  /** Default `adaptive`: spin while there is work, sleep when there is none. `busy` never sleeps, `interrupt` sleeps at once. */
+  poll?: PollMode;
+  /** CPUs to pin pollers to, one poller each; without it one poller runs where the scheduler puts it. */
+  cpus?: readonly number[];
+  /** How long a frame waits for the receiver to supply buffers before it is dropped, in milliseconds; default 1000. */
+  stallMs?: number;
+  /** Told what happens: front-ends come and go, messages are refused, a guest's driver breaks a virtqueue. */
+  onEvent?: (event: RelayEvent) => void;
+}
+
+export type RelayEvent =
+  | ({ port: string } & ServerEvent)
+  | { type: "broken"; lane: string; port: string; virtqueue: number }
+  | { type: "trapped"; lane: string; reason: string }
+  /** A poller died; the relay cannot go on. */
+  | { type: "fatal"; error: unknown };
+
+/** A snapshot of everything that can be observed. */
+export interface RelayState {
+  links: LinkState[];
+  pollers: { cpu: number | null; busy: number; idle: number; sleeps: number }[];
+}
+
+export interface LinkState {
+  name: string;
+  ports: [PortState, PortState];
+  lanes: LaneSnapshot[];
+}
+
+export interface PortState {
+  port: string;
+  state: GuestPort["state"] | "ready";
+}
+
+export interface LaneSnapshot extends LaneCounters {
+  name: string;
+  pair: number;
+  from: string;
+  to: string;
+  running: boolean;
+}
+
+export class Relay implements AsyncDisposable {
+  readonly #links: Link[];
+  readonly #pollers: Pollers;
+  readonly #onEvent: (event: RelayEvent) => void;
+  #closed: Promise<void> | undefined;
+
+  private constructor(options: RelayOptions) {
+    this.#onEvent = options.onEvent ?? (() => undefined);
+    const ends = options.links.map((pair) => pair.map((text) => parsePort(text)));
+    const paths = ends.flat().flatMap((port) => (port.kind === "vhost-user" ? [port.path] : []));
+    const twice = paths.find((path, i) => paths.indexOf(path) !== i);
+    if (twice !== undefined)
+      throw new ConfigError(`socket ${twice} is named twice; each port needs a socket of its own`);
+    for (const [i, [a, b]] of ends.entries()) {
+      if (a?.kind !== "vhost-user" && b?.kind !== "vhost-user") {
+        throw new ConfigError(
+          `link ${options.links[i]?.join("=")}: neither end can send; one must be a vhost-user port`,
+        );
+      }
+    }
+    this.#pollers = new Pollers(
+      { mode: options.poll ?? "adaptive", cpus: options.cpus ?? [], pollers: 1, stallMs: options.stallMs ?? 1000 },
+      (message) => this.#observe(message),
+      (error) => this.#onEvent({ type: "fatal", error }),
+    );
+    let lanes = 0;
+    this.#links = ends.map(([a, b], i) => {
+      const ports = [this.#makePort(a as Spec), this.#makePort(b as Spec)] as const;
+      return new Link(`link${i}`, ports, this.#pollers, () => lanes++);
+    });
+  }
+
+  /** Starts serving: when this settles, all sockets exist. @throws ConfigError, SystemError; nothing is left behind */
+  static async start(options: RelayOptions): Promise<Relay> {
+    const relay = new Relay(options);
+    try {
+      for (const link of relay.#links) await link.open();
+    } catch (error) {
+      await relay.close();
+      throw error;
+    }
+    return relay;
+  }
+
+  /** May be asked for at any time; reads counters, stops nothing. */
+  get state(): RelayState {
+    return {
+      links: this.#links.map((link) => ({
+        name: link.name,
+        ports: [portState(link.ports[0]), portState(link.ports[1])],
+        lanes: link.lanes.map((placed) => snapshot(link, placed)),
+      })),
+      pollers: this.#pollers.all.map((poller) => ({ cpu: poller.cpu ?? null, ...poller.iterations })),
+    };
+  }
+
+  /** Ends all connections, removes the sockets, stops the pollers. */
+  close(): Promise<void> {
+    return (this.#closed ??= (async () => {
+      await Promise.all(this.#links.map((link) => link.close()));
+      await this.#pollers.close();
+    })());
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  #makePort(spec: Spec): AnyPort {
+    if (spec.kind !== "vhost-user") return { kind: spec.kind, spec: spec.text };
+    return new VhostUserPort({
+      spec: spec.text,
+      path: spec.path,
+      connect: spec.connect,
+      queuePairs: spec.queuePairs,
+      onEvent: (event) => this.#onEvent({ port: spec.text, ...event }),
+    });
+  }
+
+  #observe(message: PollerMessage): void {
+    if (message.type === "done") return;
+    const placed = this.#links.flatMap((link) => link.lanes).find(({ id }) => id === message.lane);
+    if (!placed) return;
+    const { lane, pair, source, destination } = placed;
+    if (message.type === "trapped") {
+      this.#onEvent({ type: "trapped", lane: lane.name, reason: message.reason });
+    } else {
+      const port = message.end === "source" ? source : destination;
+      const virtqueue = 2 * pair + (message.end === "source" ? 1 : 0);
+      this.#onEvent({ type: "broken", lane: lane.name, port: port?.spec ?? "", virtqueue });
+    }
+  }
+}
+
+type Spec = ReturnType<typeof parsePort>;
+
+function portState(port: AnyPort): PortState {
+  return { port: port.spec, state: isGuestPort(port) ? port.state : "ready" };
+}
+
+function snapshot(link: Link, { lane, pair, source, destination, running }: PlacedLane): LaneSnapshot {
+  const passive = link.ports.find((port) => port !== source);
+  const to = destination === source ? `${source.spec} (loopback)` : (destination?.spec ?? passive?.spec ?? "");
+  return { name: lane.name, pair, from: source.spec, to, running, ...lane.counters };
+}

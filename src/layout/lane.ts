@@ -1,0 +1,113 @@
+/**
+ * A lane's memory 0: what the control plane and the core share about one direction of one queue pair.
+ *
+ *   0x000000  lane state: the two virtqueues, counters
+ *   0x001000  source extents, 0x00a000 destination extents: guest physical ranges -> (segment, offset)
+ *   0x020000  source pieces: the transmit chain being carried, validated and translated
+ *   0x130000  destination pieces: the receive chains it goes to
+ *   0x240000  merged chains: which receive chains those are, and how much goes into each
+ *
+ * Guest bytes are never in here but the one header that is being checked. The control plane writes state and extents only
+ * while the poller has parked the lane; counters may be read at any time. Plain constants only: asc, tsc, Node and
+ * vitest import this same file.
+ */
+
+export const LANE_PAGES = 40; // of 64 KiB
+
+// The two virtqueues: the source end's transmitq, the destination end's receiveq
+export const SOURCE_VRING = 0x040;
+export const DESTINATION_VRING = 0x080;
+
+// One virtqueue (64 bytes)
+export const VRING_FLAGS = 0; // u32, VRING_* below
+export const VRING_SIZE = 4; // u32
+export const VRING_HEADER_SIZE = 8; // u32, bytes of the net header: 10 or 12
+export const VRING_DESC_SEGMENT = 12; // u32
+export const VRING_AVAIL_SEGMENT = 16; // u32
+export const VRING_USED_SEGMENT = 20; // u32
+export const VRING_DESC = 24; // u64, offset in its segment
+export const VRING_AVAIL = 32; // u64
+export const VRING_USED = 40; // u64
+export const VRING_NEXT_AVAIL = 48; // u32, next avail index to take, mod 2^16
+export const VRING_NEXT_USED = 52; // u32, next used index to publish, mod 2^16
+export const VRING_SIGNALLED = 56; // u32, used index at the last call decision
+export const VRING_BYTES = 64;
+
+// VRING_FLAGS
+export const VRING_READY = 1; // started, areas mapped
+export const VRING_ENABLED = 2;
+export const VRING_EVENT_IDX = 4;
+export const VRING_INDIRECT = 8;
+export const VRING_MERGEABLE = 16;
+export const VRING_BROKEN = 32; // the core stopped it: the driver broke the format
+export const VRING_FRESH = 64; // just started: the used index is still to be taken from guest memory
+export const VRING_SINK = 128; // no virtqueue at all: swallows every frame (null port)
+
+export const VRING_NEVER_SIGNALLED = 0x1_0000; // VRING_SIGNALLED before the first call decision
+
+// The extent found last, one per end: an EXTENT_* record
+export const SOURCE_HIT = 0x0c0;
+export const DESTINATION_HIT = 0x0e0;
+
+// Counters (u64 each)
+export const COUNTERS = 0x100;
+export const COUNT_PACKETS = 0;
+export const COUNT_BYTES = 8; // frame bytes, without the net header
+export const COUNT_BATCHES = 16; // polls that moved anything
+export const COUNT_CALLS_SOURCE = 24;
+export const COUNT_CALLS_DESTINATION = 32;
+export const COUNT_CALLS_SUPPRESSED = 40; // decisions that the driver wants no call
+export const COUNT_KICKS = 48; // wake-ups by a kick; written by the poller
+export const COUNT_WAITS = 56; // times the lane began to wait for receive buffers
+export const COUNT_MALFORMED = 64; // receive chains returned with length 0; transmit ones are drops
+// Drops by reason: transmit chains that were consumed and went nowhere
+export const COUNT_DROP_NO_RECEIVER = 72; // the receiveq is stopped, disabled or absent
+export const COUNT_DROP_NO_BUFFER = 80; // no receive buffers for longer than the stall limit
+export const COUNT_DROP_TOO_SMALL = 88; // the receive buffers cannot hold the frame
+export const COUNT_DROP_MALFORMED = 96; // descriptor chain breaks a rule
+export const COUNT_DROP_BAD_FRAME = 104; // shorter than an Ethernet header, too long, or an offload nobody negotiated
+export const COUNT_DROP_DISABLED = 112; // sent on a started but disabled transmitq
+export const COUNTERS_BYTES = 128;
+
+// Extents: u32 count, then 32-byte entries sorted by gpa
+export const SOURCE_EXTENTS = 0x1000;
+export const DESTINATION_EXTENTS = 0xa000;
+export const EXTENTS_MAX = 1024;
+export const EXTENTS_FIRST = 32; // offset of the first entry
+export const EXTENT_BYTES = 32;
+export const EXTENT_GPA = 0; // u64
+export const EXTENT_SIZE = 8; // u64
+export const EXTENT_OFFSET = 16; // u64, in its segment
+export const EXTENT_SEGMENT = 24; // u32
+
+// Pieces: contiguous stretches of guest memory
+export const SOURCE_PIECES = 0x2_0000;
+export const DESTINATION_PIECES = 0x13_0000;
+export const PIECES_MAX = 69_632;
+export const PIECE_BYTES = 16;
+export const PIECE_OFFSET = 0; // u64
+export const PIECE_LENGTH = 8; // u32
+export const PIECE_SEGMENT = 12; // u32
+
+// Merged chains: u32 head, u32 bytes written
+export const MERGED_CHAINS = 0x24_0000;
+export const MERGED_BYTES = 8;
+export const MERGED_HEAD = 0;
+export const MERGED_WRITTEN = 4;
+
+// Frames: 64 KiB of packet and any link-layer header
+export const FRAME_BYTES_MIN = 14;
+export const FRAME_BYTES_MAX = 65_600;
+
+// Result of poll(): packets taken from the source in the low 16 bits, then what is due
+export const POLL_COUNT = 0xffff;
+export const POLL_CALL_SOURCE = 0x1_0000;
+export const POLL_CALL_DESTINATION = 0x2_0000;
+export const POLL_BROKE_SOURCE = 0x4_0000;
+export const POLL_BROKE_DESTINATION = 0x8_0000;
+export const POLL_WAITING = 0x10_0000; // for receive buffers
+
+// Guest segments: shared memory64 of 16 GiB each
+export const SEGMENT_PAGES = 262_144; // of 64 KiB
+/** Segments an end may have in the core variants that are built; the smallest that fits a link is used. */
+export const SEGMENTS_MAX = 5;

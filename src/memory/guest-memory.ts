@@ -1,0 +1,168 @@
+/**
+ * A guest's memory inside WebAssembly: regions received as fds, mapped over segments.
+ *
+ * Owned by the main thread; changed only while every lane that imports the segments is parked. A segment is a shared
+ * memory64 of 16 GiB. It is created at full size before anything is mapped, never grows after (growing re-protects
+ * mapped pages), and lives as long as its port: a collected memory would take the mappings with it.
+ */
+import { fstatSync, statfsSync } from "node:fs";
+import { F_SEAL_SHRINK, addSeals } from "../../native/memfd.ts";
+import { baseAddress, checkMappable, mapAnonymous, mapShared } from "../../native/mman.ts";
+import { ProtocolError, SystemError } from "../errors.ts";
+import { SEGMENTS_MAX, SEGMENT_PAGES } from "../layout/lane.ts";
+import { type Place, place, roundUp } from "./placement.ts";
+
+/** Filesystems whose pages never wait for a server or a disk (linux/magic.h): tmpfs (memfd is one) and hugetlbfs. */
+const MEMORY_FILESYSTEMS = new Set([0x0102_1994, 0x9584_58f6]);
+
+/** A piece of guest memory: [gpa, gpa + sizeBytes) is [mmapOffset, mmapOffset + sizeBytes) of the file `fd`. */
+export interface FileRegion {
+  gpa: bigint;
+  sizeBytes: bigint;
+  mmapOffset: bigint;
+  fd: number;
+}
+
+/** A guest physical range that is contiguous in one segment. Those of a large region overlap. */
+export interface Extent {
+  gpa: bigint;
+  sizeBytes: bigint;
+  segment: number;
+  offset: bigint;
+}
+
+interface MappedRegion {
+  gpa: bigint;
+  sizeBytes: bigint;
+  /** Device, inode and offset: by this a region is recognised when the front-end sends it again. */
+  file: string;
+  /** Bytes mapped in front of the region, for the file offset must be a multiple of the page size. */
+  lead: bigint;
+  places: Place[];
+}
+
+export class GuestMemory {
+  readonly #all: WebAssembly.Memory[] = [createSegment()];
+  #regions: MappedRegion[] = [];
+  #extents: Extent[] = [];
+
+  /** The segments that hold anything, at least one. */
+  get segments(): readonly WebAssembly.Memory[] {
+    const last = this.#extents.reduce((highest, { segment }) => Math.max(highest, segment), 0);
+    return this.#all.slice(0, last + 1);
+  }
+
+  /** Where every guest physical address lies, sorted by gpa. */
+  get extents(): readonly Extent[] {
+    return this.#extents;
+  }
+
+  /**
+   * Maps exactly these regions; those that are mapped already stay as they are.
+   * @throws ProtocolError if one cannot be mapped; then nothing has changed
+   */
+  setRegions(regions: readonly FileRegion[]): void {
+    const wanted = regions.map((region) => ({ region, ...inspect(region) }));
+    const known = wanted.map(({ region, file }) =>
+      this.#regions.find((r) => r.gpa === region.gpa && r.sizeBytes === region.sizeBytes && r.file === file),
+    );
+    const taken = known.flatMap((r) => r?.places ?? []);
+    const mapped = wanted.map(({ region, file, pageBytes }, i): MappedRegion => {
+      if (known[i]) return known[i];
+      const lead = region.mmapOffset % pageBytes;
+      const places = this.#findRoom(region, roundUp(lead + region.sizeBytes, pageBytes), pageBytes, taken);
+      taken.push(...places);
+      return { gpa: region.gpa, sizeBytes: region.sizeBytes, file, lead, places };
+    });
+
+    for (const old of this.#regions) if (!mapped.includes(old)) this.#unmap(old);
+    for (const [i, { region }] of wanted.entries()) {
+      const target = mapped[i];
+      if (!target || known[i]) continue;
+      addSeals(region.fd, F_SEAL_SHRINK);
+      for (const { segment, offset, sizeBytes, start } of target.places) {
+        mapShared(
+          { memory: this.#segment(segment), offset, sizeBytes },
+          region.fd,
+          region.mmapOffset - target.lead + start,
+        );
+      }
+    }
+    this.#setMapped(mapped);
+  }
+
+  /** Gives all memory back; the segments stay, inert. */
+  clear(): void {
+    for (const region of this.#regions) this.#unmap(region);
+    this.#setMapped([]);
+  }
+
+  /** Where a whole guest physical range lies in one piece, or undefined. */
+  locate(gpa: bigint, sizeBytes: bigint): { segment: number; offset: bigint } | undefined {
+    // Of overlapping extents the last that starts at or below the address reaches furthest.
+    const extent = this.#extents.findLast((e) => e.gpa <= gpa);
+    if (!extent || gpa + sizeBytes > extent.gpa + extent.sizeBytes) return undefined;
+    return { segment: extent.segment, offset: extent.offset + (gpa - extent.gpa) };
+  }
+
+  #findRoom(region: FileRegion, sizeBytes: bigint, pageBytes: bigint, taken: readonly Place[]): Place[] {
+    const what = `memory region at gpa 0x${region.gpa.toString(16)}, ${region.sizeBytes} bytes`;
+    const places = place(sizeBytes, pageBytes, taken, (segment) => baseAddress(this.#segment(segment)));
+    if (!places) throw new ProtocolError(`${what}: no room left; a guest has ${SEGMENTS_MAX} segments of 16 GiB`);
+    try {
+      checkMappable(region.fd, region.mmapOffset - (region.mmapOffset % pageBytes), sizeBytes);
+    } catch (error) {
+      if (error instanceof SystemError) throw new ProtocolError(`${what}: ${error.message}`);
+      throw error;
+    }
+    return places;
+  }
+
+  #segment(index: number): WebAssembly.Memory {
+    for (let i = this.#all.length; i <= index; i++) this.#all.push(createSegment());
+    return this.#all[index] as WebAssembly.Memory;
+  }
+
+  #unmap(region: MappedRegion): void {
+    for (const { segment, offset, sizeBytes } of region.places)
+      mapAnonymous({ memory: this.#segment(segment), offset, sizeBytes });
+  }
+
+  #setMapped(regions: MappedRegion[]): void {
+    this.#regions = regions;
+    this.#extents = regions.flatMap(extentsOf).toSorted((a, b) => (a.gpa < b.gpa ? -1 : 1));
+  }
+}
+
+/** Full size at once, in two steps: Node 26 runs a whole garbage collection for a memory that starts large. */
+export function createSegment(): WebAssembly.Memory {
+  const memory = new WebAssembly.Memory({ initial: 1n, maximum: BigInt(SEGMENT_PAGES), shared: true, address: "i64" });
+  memory.grow(BigInt(SEGMENT_PAGES - 1));
+  return memory;
+}
+
+/** The exact bytes of a region: what is mapped around them, for the sake of whole pages, is nobody's memory. */
+function extentsOf({ gpa, sizeBytes, lead, places }: MappedRegion): Extent[] {
+  return places.map(({ segment, offset, sizeBytes: placed, start }) => {
+    const skip = start === 0n ? lead : 0n;
+    const first = gpa - lead + start + skip;
+    const end = gpa - lead + start + placed;
+    const last = end < gpa + sizeBytes ? end : gpa + sizeBytes;
+    return { gpa: first, sizeBytes: last - first, segment, offset: offset + skip };
+  });
+}
+
+/** Checks that the fd is memory, and how large its pages are. */
+function inspect({ fd, gpa, sizeBytes, mmapOffset }: FileRegion): { file: string; pageBytes: bigint } {
+  const stat = fstatSync(fd, { bigint: true });
+  const what = `memory region at gpa 0x${gpa.toString(16)}`;
+  if (!stat.isFile() || !MEMORY_FILESYSTEMS.has(statfsSync(`/proc/self/fd/${fd}`).type)) {
+    throw new ProtocolError(
+      `${what}: its fd is not a memory file; share the VM's memory from memfd, /dev/shm or hugetlbfs (QEMU: memory-backend-memfd,share=on)`,
+    );
+  }
+  if (mmapOffset + sizeBytes > stat.size) {
+    throw new ProtocolError(`${what}: ends at ${mmapOffset + sizeBytes} of a file of ${stat.size} bytes`);
+  }
+  return { file: `${stat.dev}:${stat.ino}:${mmapOffset}`, pageBytes: stat.blksize };
+}

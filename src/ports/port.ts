@@ -1,0 +1,61 @@
+/**
+ * A port: one end of a link.
+ *
+ * What a lane needs of it is its memory and its running virtqueues. A port that wants to change either asks its link
+ * to do so (`Change`), which parks the lanes meanwhile.
+ */
+import type { GuestMemory } from "../memory/guest-memory.ts";
+
+/** Where a virtqueue area lies in the guest's segments. */
+export interface Area {
+  segment: number;
+  offset: bigint;
+}
+
+/** A virtqueue that is started, as a lane needs it. */
+export interface RunningVring {
+  /** Identity of the start: the same for all updates until it is stopped. */
+  start: symbol;
+  size: number;
+  base: number;
+  desc: Area;
+  avail: Area;
+  used: Area;
+  headerBytes: number;
+  /** VRING_* of src/layout/lane.ts but READY. */
+  flags: number;
+  kick: number | undefined;
+  call: number | undefined;
+  err: number | undefined;
+}
+
+/** Parks the lanes of the port's link, applies a change to the port, and lets them run by it. */
+export type Change = (apply: () => void) => Promise<void>;
+
+/** A port without a guest: `loopback` returns what its peer sends, `null` swallows it. */
+export interface PassivePort {
+  readonly kind: "loopback" | "null";
+  /** As written by the user. */
+  readonly spec: string;
+}
+
+/** A port with a guest behind it. */
+export interface GuestPort {
+  readonly kind: "vhost-user";
+  readonly spec: string;
+  readonly queuePairs: number;
+  readonly memory: GuestMemory;
+  /** What its front-end is doing, for the operator. */
+  readonly state: "listening" | "connecting" | "connected" | "running";
+  /** The virtqueue, if it is started. */
+  vring(index: number): RunningVring | undefined;
+  /** Begins to serve. @param nextAvail next avail index of a started virtqueue; called within a change */
+  open(change: Change, nextAvail: (index: number) => number): Promise<void>;
+  close(): Promise<void>;
+}
+
+export type AnyPort = GuestPort | PassivePort;
+
+export function isGuestPort(port: AnyPort): port is GuestPort {
+  return port.kind === "vhost-user";
+}

@@ -1,0 +1,166 @@
+/**
+ * The vhost-user port: a VM. It is the device that a vhost-user session drives, and an end that lanes work on.
+ *
+ * Main thread. Every change goes through the link, which parks the lanes first; so when a promise of this device
+ * settles, the pollers already work by the new state, and the session may acknowledge.
+ */
+import { ProtocolError } from "../errors.ts";
+import { VRING_ENABLED, VRING_EVENT_IDX, VRING_INDIRECT, VRING_MERGEABLE } from "../layout/lane.ts";
+import {
+  AVAIL_ENTRY_SIZE,
+  AVAIL_RING,
+  DESC_SIZE,
+  NET_HDR_SIZE,
+  NET_HDR_SIZE_LEGACY,
+  USED_ENTRY_SIZE,
+  USED_RING,
+  VIRTIO_F_ANY_LAYOUT,
+  VIRTIO_F_VERSION_1,
+  VIRTIO_NET_F_MQ,
+  VIRTIO_NET_F_MRG_RXBUF,
+  VIRTIO_RING_F_EVENT_IDX,
+  VIRTIO_RING_F_INDIRECT_DESC,
+} from "../layout/virtio.ts";
+import { GuestMemory } from "../memory/guest-memory.ts";
+import type { Device, MemoryRegion, Vring } from "../vhost-user/device.ts";
+import { Server, type ServerEvent } from "../vhost-user/server.ts";
+import type { Area, Change, GuestPort, RunningVring } from "./port.ts";
+
+/** Virtio features offered whatever the number of queues. */
+const FEATURES = [
+  VIRTIO_NET_F_MRG_RXBUF,
+  VIRTIO_F_ANY_LAYOUT,
+  VIRTIO_RING_F_INDIRECT_DESC,
+  VIRTIO_RING_F_EVENT_IDX,
+  VIRTIO_F_VERSION_1,
+];
+
+export interface VhostUserOptions {
+  spec: string;
+  path: string;
+  connect: boolean;
+  queuePairs: number;
+  onEvent: (event: ServerEvent) => void;
+}
+
+export class VhostUserPort implements GuestPort, Device {
+  readonly kind = "vhost-user";
+  readonly spec: string;
+  readonly queuePairs: number;
+  readonly features: bigint;
+  readonly memory = new GuestMemory();
+  readonly #options: VhostUserOptions;
+  readonly #vrings = new Map<number, RunningVring>();
+  #acknowledged = 0n;
+  #connected = false;
+  #server: Server | undefined;
+  #change: Change = () => Promise.reject(new Error("the port is not open"));
+  #nextAvail: (index: number) => number = () => 0;
+
+  constructor(options: VhostUserOptions) {
+    this.#options = options;
+    this.spec = options.spec;
+    this.queuePairs = options.queuePairs;
+    const bits = options.queuePairs > 1 ? [...FEATURES, VIRTIO_NET_F_MQ] : FEATURES;
+    this.features = bits.reduce((mask, bit) => mask | (1n << BigInt(bit)), 0n);
+  }
+
+  get state(): GuestPort["state"] {
+    if (this.#connected) return this.#vrings.size > 0 ? "running" : "connected";
+    return this.#options.connect ? "connecting" : "listening";
+  }
+
+  vring(index: number): RunningVring | undefined {
+    return this.#vrings.get(index);
+  }
+
+  async open(change: Change, nextAvail: (index: number) => number): Promise<void> {
+    this.#change = change;
+    this.#nextAvail = nextAvail;
+    const { path, connect } = this.#options;
+    this.#server = new Server(this, { path, connect, onEvent: (event) => this.#observe(event) });
+  }
+
+  async close(): Promise<void> {
+    await this.#server?.[Symbol.asyncDispose]();
+  }
+
+  async setFeatures(features: bigint): Promise<void> {
+    this.#acknowledged = features;
+  }
+
+  setMemory(regions: readonly MemoryRegion[], vrings: readonly Vring[]): Promise<void> {
+    return this.#change(() => {
+      this.memory.setRegions(regions);
+      for (const vring of vrings) this.#setVring(vring, this.#vrings.get(vring.index)?.start);
+    });
+  }
+
+  startVring(vring: Vring): Promise<void> {
+    return this.#change(() => this.#setVring(vring, undefined));
+  }
+
+  async stopVring(index: number): Promise<number> {
+    let next = 0;
+    await this.#change(() => {
+      next = this.#nextAvail(index);
+      this.#vrings.delete(index);
+    });
+    return next;
+  }
+
+  updateVring(vring: Vring): Promise<void> {
+    return this.#change(() => this.#setVring(vring, this.#vrings.get(vring.index)?.start));
+  }
+
+  reset(): Promise<void> {
+    return this.#change(() => {
+      this.#vrings.clear();
+      this.memory.clear();
+      this.#acknowledged = 0n;
+    });
+  }
+
+  #setVring(vring: Vring, start: symbol | undefined): void {
+    const { index, size, base, kick, call, err } = vring;
+    const hasEvents = this.#has(VIRTIO_RING_F_EVENT_IDX);
+    const event = hasEvents ? 2 : 0;
+    this.#vrings.set(index, {
+      start: start ?? Symbol(`start of virtqueue ${index}`),
+      size,
+      base,
+      desc: this.#area(vring.desc, DESC_SIZE * size, index),
+      avail: this.#area(vring.avail, AVAIL_RING + AVAIL_ENTRY_SIZE * size + event, index),
+      used: this.#area(vring.used, USED_RING + USED_ENTRY_SIZE * size + event, index),
+      headerBytes:
+        this.#has(VIRTIO_F_VERSION_1) || this.#has(VIRTIO_NET_F_MRG_RXBUF) ? NET_HDR_SIZE : NET_HDR_SIZE_LEGACY,
+      flags:
+        (vring.enabled ? VRING_ENABLED : 0) |
+        (hasEvents ? VRING_EVENT_IDX : 0) |
+        (this.#has(VIRTIO_RING_F_INDIRECT_DESC) ? VRING_INDIRECT : 0) |
+        (this.#has(VIRTIO_NET_F_MRG_RXBUF) ? VRING_MERGEABLE : 0),
+      kick,
+      call,
+      err,
+    });
+  }
+
+  #area(gpa: bigint, sizeBytes: number, index: number): Area {
+    const area = this.memory.locate(gpa, BigInt(sizeBytes));
+    if (!area)
+      throw new ProtocolError(
+        `virtqueue ${index}: an area of ${sizeBytes} bytes at gpa 0x${gpa.toString(16)} is not in one region`,
+      );
+    return area;
+  }
+
+  #has(bit: number): boolean {
+    return ((this.#acknowledged >> BigInt(bit)) & 1n) === 1n;
+  }
+
+  #observe(event: ServerEvent): void {
+    if (event.type === "connect") this.#connected = true;
+    if (event.type === "disconnect") this.#connected = false;
+    this.#options.onEvent(event);
+  }
+}
