@@ -1,7 +1,8 @@
-/** What a received file descriptor is, and its flags: fcntl(2), proc(5). */
+/** What a received file descriptor is, and its flags: fcntl(2), pipe(2), proc(5). */
 import { readlinkSync, statfsSync } from "node:fs";
 import { check, libc } from "./libc.ts";
 
+const O_CLOEXEC = 0o2000000;
 const F_GETFL = 3;
 const F_SETFL = 4;
 const F_DUPFD_CLOEXEC = 1030;
@@ -14,6 +15,7 @@ const TMPFS_MAGIC = 0x01021994;
 const HUGETLBFS_MAGIC = 0x958458f6;
 
 const fcntl = libc.func("int fcntl(int fd, int command, int argument)");
+const pipe2 = libc.func("int pipe2(_Out_ int *fds, int flags)");
 
 export type FdKind = "eventfd" | "pipe" | "socket" | "other";
 
@@ -46,6 +48,13 @@ export function isMemoryFile(fd: number): boolean {
 /** Sets O_NONBLOCK on the open file, which whoever sent the fd shares. */
 export function setNonBlocking(fd: number): void {
   check(fcntl(fd, F_SETFL, statusFlags(fd) | O_NONBLOCK), "fcntl", `setting O_NONBLOCK on fd ${fd}`);
+}
+
+/** A blocking pipe: the read end, the write end. */
+export function pipe(): [number, number] {
+  const fds = new Int32Array(2);
+  check(pipe2(fds, O_CLOEXEC), "pipe2", "creating a pipe");
+  return [fds[0] as number, fds[1] as number];
 }
 
 /** Another descriptor of the same open file, close-on-exec. */

@@ -53,7 +53,7 @@ const shutdownCall = libc.func("int shutdown(int fd, int how)");
  * A socket listening on `path`. A socket file that nobody serves any more is replaced.
  * @throws ConfigError when a live server, or a file that is no socket, holds the path; or the path is too long
  */
-export function listen(path: string, backlog = 16): number {
+export function listen(path: string, backlog = 128): number {
   const address = socketAddress(path);
   removeStaleSocket(path);
   const fd = streamSocket();
@@ -87,7 +87,11 @@ export function connect(path: string): number | undefined {
 /** Two connected sockets. */
 export function socketpair(): [number, number] {
   const fds = new Int32Array(2);
-  check(socketpairCall(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, fds), "socketpair", "creating a socket pair");
+  check(
+    socketpairCall(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, fds),
+    "socketpair",
+    "creating a socket pair",
+  );
   return [fds[0] as number, fds[1] as number];
 }
 
@@ -142,7 +146,7 @@ function messageHeader(bytes: Uint8Array, controlBytes: Uint8Array) {
 /** The descriptors of all SCM_RIGHTS control messages; other control messages are ignored. */
 function receivedFds(bytes: Buffer): number[] {
   const fds: number[] = [];
-  for (let offset = 0; offset + CMSG_HEADER_SIZE <= bytes.length; ) {
+  for (let offset = 0; offset + CMSG_HEADER_SIZE <= bytes.length;) {
     const length = Number(bytes.readBigUInt64LE(offset));
     const isRights =
       bytes.readInt32LE(offset + CMSG_LEVEL) === SOL_SOCKET && bytes.readInt32LE(offset + CMSG_TYPE) === SCM_RIGHTS;
@@ -173,7 +177,9 @@ function streamSocket(): number {
 function socketAddress(path: string): Buffer {
   const bytes = Buffer.from(`${path}\0`);
   if (bytes.length > SUN_PATH_SIZE) {
-    throw new ConfigError(`socket path ${path} is ${bytes.length - 1} bytes long, the limit is 107; use a shorter path`);
+    throw new ConfigError(
+      `socket path ${path} is ${bytes.length - 1} bytes long, the limit is 107; use a shorter path`,
+    );
   }
   const family = Buffer.alloc(2);
   family.writeUInt16LE(AF_UNIX);
@@ -184,7 +190,8 @@ function removeStaleSocket(path: string): void {
   const found = lstatSync(path, { throwIfNoEntry: false });
   if (!found) return;
   if (!found.isSocket()) throw new ConfigError(`${path} exists and is no socket; remove it or choose another path`);
-  if (isServed(path)) throw new ConfigError(`${path} is already served by another process; stop it or choose another path`);
+  if (isServed(path))
+    throw new ConfigError(`${path} is already served by another process; stop it or choose another path`);
   unlinkSync(path);
 }
 

@@ -85,7 +85,10 @@ function checkedPayloadSize(header: Buffer): number {
   const version = header.readUInt32LE(L.HEADER_FLAGS) & L.VHOST_USER_VERSION_MASK;
   const size = header.readUInt32LE(L.HEADER_PAYLOAD_SIZE);
   if (version !== L.VHOST_USER_VERSION) {
-    throw new ProtocolError(`message of protocol version ${version}, expected 1; the peer does not speak vhost-user`, "drop");
+    throw new ProtocolError(
+      `message of protocol version ${version}, expected 1; the peer does not speak vhost-user`,
+      "drop",
+    );
   }
   if (size > L.PAYLOAD_SIZE_MAX) {
     throw new ProtocolError(`message with ${size} bytes of payload, the limit is ${L.PAYLOAD_SIZE_MAX}`, "drop");

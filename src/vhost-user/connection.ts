@@ -38,7 +38,10 @@ export class Connection implements Disposable {
       }
       if (received.truncated) {
         closeFds(received.fds);
-        throw new ProtocolError("file descriptors of a message were lost; raise the limit of open files (ulimit -n)", "drop");
+        throw new ProtocolError(
+          "file descriptors of a message were lost; raise the limit of open files (ulimit -n)",
+          "drop",
+        );
       }
       if (received.count === 0) return this.#endOfStream();
       if (!this.#reader.isMidMessage) sinceMs = performance.now();
@@ -50,7 +53,7 @@ export class Connection implements Disposable {
 
   /** Sends all of it; `fds` stay the caller's. @throws ProtocolError (drop) when the peer does not read, SystemError */
   async send(bytes: Uint8Array, fds: readonly number[] = []): Promise<void> {
-    for (let sent = 0; sent < bytes.length && !this.#isClosed; ) {
+    for (let sent = 0; sent < bytes.length && !this.#isClosed;) {
       const count = send(this.#fd, bytes.subarray(sent), sent === 0 ? fds : []);
       if (count === 0) await this.#wait("writable", this.#messageTimeoutMs);
       sent += count;
@@ -71,7 +74,8 @@ export class Connection implements Disposable {
   }
 
   #endOfStream(): undefined {
-    if (this.#reader.isMidMessage) throw new ProtocolError("the peer closed the connection in the middle of a message", "drop");
+    if (this.#reader.isMidMessage)
+      throw new ProtocolError("the peer closed the connection in the middle of a message", "drop");
   }
 
   async #wait(direction: "readable" | "writable", timeoutMs: number | undefined): Promise<void> {

@@ -38,7 +38,8 @@ export class Frontend implements Disposable {
   /** @throws ConfigError when nobody listens on `path` */
   static connect(path: string): Frontend {
     const fd = connect(path);
-    if (fd === undefined) throw new ConfigError(`nobody listens on ${path}; start the back-end first`);
+    if (fd === undefined)
+      throw new ConfigError(`nobody listens on ${path}, or its queue is full; start the back-end first`);
     return new Frontend(fd);
   }
 
@@ -157,10 +158,14 @@ export class Frontend implements Disposable {
 
   async #reply(id: number): Promise<Buffer> {
     const message = await this.#connection.receive(REPLY_TIMEOUT_MS);
-    if (message === undefined) throw new ProtocolError(`the back-end closed the connection instead of answering request ${id}`, "drop");
+    if (message === undefined)
+      throw new ProtocolError(`the back-end closed the connection instead of answering request ${id}`, "drop");
     closeFds(message.fds);
     if (message.request !== id || message.flags !== (L.VHOST_USER_VERSION | L.VHOST_USER_REPLY)) {
-      throw new ProtocolError(`request ${id} was answered by message ${message.request} with flags ${message.flags}`, "drop");
+      throw new ProtocolError(
+        `request ${id} was answered by message ${message.request} with flags ${message.flags}`,
+        "drop",
+      );
     }
     return message.payload;
   }

@@ -35,7 +35,9 @@ export class MemoryTable {
       checkRange(index, "mmap offset", region.mmapOffset, region.sizeBytes);
       for (const other of regions.slice(0, index)) checkOverlap(index, region, other);
     });
-    return new MemoryTable(regions.map(({ fd, ...record }, index) => ({ ...record, file: checkedFile(index, record, fd) })));
+    return new MemoryTable(
+      regions.map(({ fd, ...record }, index) => ({ ...record, file: checkedFile(index, record, fd) })),
+    );
   }
 
   get isEmpty(): boolean {
@@ -61,8 +63,7 @@ export class MemoryTable {
   /** The guest physical address of [userAddress, userAddress + sizeBytes); undefined unless one region holds all of it. */
   translate(userAddress: bigint, sizeBytes: bigint): bigint | undefined {
     const region = this.#entries.find(
-      (entry) =>
-        userAddress >= entry.userAddress && userAddress + sizeBytes <= entry.userAddress + entry.sizeBytes,
+      (entry) => userAddress >= entry.userAddress && userAddress + sizeBytes <= entry.userAddress + entry.sizeBytes,
     );
     return region && region.gpa + (userAddress - region.userAddress);
   }
@@ -72,7 +73,9 @@ export class MemoryTable {
 function checkRange(index: number, what: string, start: bigint, sizeBytes: bigint): void {
   if (sizeBytes === 0n) throw new ProtocolError(`region ${index} is empty`);
   if (start + sizeBytes >= ADDRESS_END) {
-    throw new ProtocolError(`region ${index}: ${what} ${hex(start)} + size ${hex(sizeBytes)} passes the end of 64 bits`);
+    throw new ProtocolError(
+      `region ${index}: ${what} ${hex(start)} + size ${hex(sizeBytes)} passes the end of 64 bits`,
+    );
   }
 }
 

@@ -17,7 +17,14 @@ import type { FdKind } from "../../native/fd.ts";
 import { ProtocolError } from "../errors.ts";
 import * as L from "../layout/vhost-user.ts";
 import { VRING_SIZE_MAX } from "../layout/virtio.ts";
-import { decodeMemTable, decodeU64, decodeVringAddress, decodeVringState, encodeU64, encodeVringState } from "./codec.ts";
+import {
+  decodeMemTable,
+  decodeU64,
+  decodeVringAddress,
+  decodeVringState,
+  encodeU64,
+  encodeVringState,
+} from "./codec.ts";
 import type { Message } from "./codec.ts";
 import { hex } from "./memory-table.ts";
 import { bit, OFFERED_PROTOCOL_FEATURES, PROTOCOL_FEATURES_BIT } from "./state.ts";
@@ -90,8 +97,10 @@ const setVringAddr: Handler = async (state, { payload }) => {
   ring.addresses = areas;
   if (!state.isPlaceable(ring)) {
     ring.addresses = before;
-    throw new ProtocolError(`ring ${ring.index}: no single memory region holds each of its areas at ${hex(areas.desc)}, ` +
-      `${hex(areas.avail)} and ${hex(areas.used)}`);
+    throw new ProtocolError(
+      `ring ${ring.index}: no single memory region holds each of its areas at ${hex(areas.desc)}, ` +
+        `${hex(areas.avail)} and ${hex(areas.used)}`,
+    );
   }
   await state.start(ring);
 };
@@ -133,7 +142,8 @@ const setVringEnable: Handler = async (state, { payload }) => {
 
 const setBackendReqFd: Handler = (state, { fds }) => {
   const [fd] = fds;
-  if (fd === undefined || fds.length !== 1) throw new ProtocolError(`${fds.length} fds with SET_BACKEND_REQ_FD, expected 1`);
+  if (fd === undefined || fds.length !== 1)
+    throw new ProtocolError(`${fds.length} fds with SET_BACKEND_REQ_FD, expected 1`);
   if (fdKind(fd) !== "socket") throw new ProtocolError("the fd of SET_BACKEND_REQ_FD is no socket");
   fds.length = 0;
   state.setBackendRequestFd(fd);
@@ -155,18 +165,60 @@ export const requests: ReadonlyMap<number, Request> = new Map<number, Request>([
   // Deprecated; the specification recommends to ignore it
   [L.VHOST_USER_RESET_OWNER, { name: "RESET_OWNER", payloadSize: 0, refusal: ackOrIgnore, handle: nothing }],
   [L.VHOST_USER_SET_MEM_TABLE, { name: "SET_MEM_TABLE", refusal: ackOrDrop, handle: setMemTable }],
-  [L.VHOST_USER_SET_VRING_NUM, { name: "SET_VRING_NUM", payloadSize: VRING_STATE_SIZE, refusal: ackOrDrop, handle: setVringNum }],
-  [L.VHOST_USER_SET_VRING_ADDR, { name: "SET_VRING_ADDR", payloadSize: VRING_ADDR_SIZE, refusal: ackOrDrop, handle: setVringAddr }],
-  [L.VHOST_USER_SET_VRING_BASE, { name: "SET_VRING_BASE", payloadSize: VRING_STATE_SIZE, refusal: ackOrDrop, handle: setVringBase }],
-  [L.VHOST_USER_GET_VRING_BASE, { name: "GET_VRING_BASE", payloadSize: VRING_STATE_SIZE, refusal: drop, handle: getVringBase }],
-  [L.VHOST_USER_SET_VRING_KICK, { name: "SET_VRING_KICK", payloadSize: U64_SIZE, refusal: ackOrDrop, handle: setVringKick }],
-  [L.VHOST_USER_SET_VRING_CALL, { name: "SET_VRING_CALL", payloadSize: U64_SIZE, refusal: ackOrDrop, handle: setVringCall }],
-  [L.VHOST_USER_SET_VRING_ERR, { name: "SET_VRING_ERR", payloadSize: U64_SIZE, refusal: ackOrIgnore, handle: setVringErr }],
-  [L.VHOST_USER_GET_PROTOCOL_FEATURES, { name: "GET_PROTOCOL_FEATURES", payloadSize: 0, refusal: drop, handle: getProtocolFeatures }],
-  [L.VHOST_USER_SET_PROTOCOL_FEATURES, { name: "SET_PROTOCOL_FEATURES", payloadSize: U64_SIZE, refusal: ackOrDrop, handle: setProtocolFeatures }],
-  [L.VHOST_USER_GET_QUEUE_NUM, { name: "GET_QUEUE_NUM", payloadSize: 0, gate: L.VHOST_USER_PROTOCOL_F_MQ, refusal: drop, handle: getQueueNum }],
-  [L.VHOST_USER_SET_VRING_ENABLE, { name: "SET_VRING_ENABLE", payloadSize: VRING_STATE_SIZE, refusal: ackOrDrop, handle: setVringEnable }],
-  [L.VHOST_USER_SET_BACKEND_REQ_FD, { name: "SET_BACKEND_REQ_FD", payloadSize: 0, gate: L.VHOST_USER_PROTOCOL_F_BACKEND_REQ, refusal: ackOrIgnore, handle: setBackendReqFd }],
+  [
+    L.VHOST_USER_SET_VRING_NUM,
+    { name: "SET_VRING_NUM", payloadSize: VRING_STATE_SIZE, refusal: ackOrDrop, handle: setVringNum },
+  ],
+  [
+    L.VHOST_USER_SET_VRING_ADDR,
+    { name: "SET_VRING_ADDR", payloadSize: VRING_ADDR_SIZE, refusal: ackOrDrop, handle: setVringAddr },
+  ],
+  [
+    L.VHOST_USER_SET_VRING_BASE,
+    { name: "SET_VRING_BASE", payloadSize: VRING_STATE_SIZE, refusal: ackOrDrop, handle: setVringBase },
+  ],
+  [
+    L.VHOST_USER_GET_VRING_BASE,
+    { name: "GET_VRING_BASE", payloadSize: VRING_STATE_SIZE, refusal: drop, handle: getVringBase },
+  ],
+  [
+    L.VHOST_USER_SET_VRING_KICK,
+    { name: "SET_VRING_KICK", payloadSize: U64_SIZE, refusal: ackOrDrop, handle: setVringKick },
+  ],
+  [
+    L.VHOST_USER_SET_VRING_CALL,
+    { name: "SET_VRING_CALL", payloadSize: U64_SIZE, refusal: ackOrDrop, handle: setVringCall },
+  ],
+  [
+    L.VHOST_USER_SET_VRING_ERR,
+    { name: "SET_VRING_ERR", payloadSize: U64_SIZE, refusal: ackOrIgnore, handle: setVringErr },
+  ],
+  [
+    L.VHOST_USER_GET_PROTOCOL_FEATURES,
+    { name: "GET_PROTOCOL_FEATURES", payloadSize: 0, refusal: drop, handle: getProtocolFeatures },
+  ],
+  [
+    L.VHOST_USER_SET_PROTOCOL_FEATURES,
+    { name: "SET_PROTOCOL_FEATURES", payloadSize: U64_SIZE, refusal: ackOrDrop, handle: setProtocolFeatures },
+  ],
+  [
+    L.VHOST_USER_GET_QUEUE_NUM,
+    { name: "GET_QUEUE_NUM", payloadSize: 0, gate: L.VHOST_USER_PROTOCOL_F_MQ, refusal: drop, handle: getQueueNum },
+  ],
+  [
+    L.VHOST_USER_SET_VRING_ENABLE,
+    { name: "SET_VRING_ENABLE", payloadSize: VRING_STATE_SIZE, refusal: ackOrDrop, handle: setVringEnable },
+  ],
+  [
+    L.VHOST_USER_SET_BACKEND_REQ_FD,
+    {
+      name: "SET_BACKEND_REQ_FD",
+      payloadSize: 0,
+      gate: L.VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+      refusal: ackOrIgnore,
+      handle: setBackendReqFd,
+    },
+  ],
 
   [L.VHOST_USER_SET_LOG_BASE, { name: "SET_LOG_BASE", refusal: ackOrDrop }],
   [L.VHOST_USER_SET_LOG_FD, { name: "SET_LOG_FD", refusal: ackOrIgnore }],
@@ -206,7 +258,12 @@ function checkOffered(what: string, features: bigint, offered: bigint): void {
 }
 
 /** A saturated call or err counter must never block a poller, so those fds are made non-blocking. */
-async function setVringFd(state: SessionState, message: Message, which: "kick" | "call" | "err", kinds: FdKind[]): Promise<void> {
+async function setVringFd(
+  state: SessionState,
+  message: Message,
+  which: "kick" | "call" | "err",
+  kinds: FdKind[],
+): Promise<void> {
   const { ring, fd } = vringFd(state, message);
   if (fd !== undefined) {
     if (!kinds.includes(fdKind(fd)) || !isWritable(fd)) {

@@ -84,7 +84,9 @@ export class Server implements AsyncDisposable {
     let messages = 0;
     try {
       for (; ; messages++) {
-        const message = await connection.receive(messages === 0 ? (this.#options.firstMessageTimeoutMs ?? TIMEOUT_MS) : undefined);
+        const message = await connection.receive(
+          messages === 0 ? (this.#options.firstMessageTimeoutMs ?? TIMEOUT_MS) : undefined,
+        );
         if (message === undefined) break;
         const answer = await session.handle(message);
         if (answer !== undefined) await connection.send(answer);

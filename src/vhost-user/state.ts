@@ -46,7 +46,8 @@ export class SessionState {
   /** The ring, if its size, addresses and base may be set. @throws ProtocolError while it runs */
   settableVring(index: number): VringState {
     const ring = this.vring(index);
-    if (ring.running !== undefined) throw new ProtocolError(`ring ${index} is started; stop it by GET_VRING_BASE first`);
+    if (ring.running !== undefined)
+      throw new ProtocolError(`ring ${index} is started; stop it by GET_VRING_BASE first`);
     return ring;
   }
 

@@ -1,0 +1,86 @@
+import { openSync, readFileSync } from "node:fs";
+import { describe, expect, it } from "vitest";
+import { signal } from "../../native/eventfd.ts";
+import { pipe } from "../../native/fd.ts";
+import { receive, socketpair } from "../../native/socket.ts";
+import * as L from "../../src/layout/vhost-user.ts";
+import { encodeU64 } from "../../src/vhost-user/codec.ts";
+import { ackOf, ready, started } from "./rig.ts";
+
+const O_PATH = 0o10000000;
+const O_NONBLOCK = 0o4000;
+const KICK_CALL_ERR = [L.VHOST_USER_SET_VRING_KICK, L.VHOST_USER_SET_VRING_CALL, L.VHOST_USER_SET_VRING_ERR] as const;
+
+describe("4.1: the u64 and fds of SET_VRING_KICK, CALL and ERR", () => {
+  it.each(KICK_CALL_ERR)("BI-098: request %i takes 1 fd, or none with the no-fd bit", async (id) => {
+    const { rig, frontend } = await ready();
+    await using _ = rig;
+    const noFd = encodeU64(BigInt(L.VHOST_USER_VRING_NOFD_MASK));
+    expect(await ackOf(frontend, id, noFd, [rig.eventfd()])).not.toBe(0n);
+    expect(await ackOf(frontend, id, encodeU64(0n), [])).not.toBe(0n);
+    expect(await ackOf(frontend, id, encodeU64(0n), [rig.eventfd(), rig.eventfd()])).not.toBe(0n);
+    expect(rig.device.takeNames()).toEqual([]);
+    expect(await ackOf(frontend, id, noFd, [])).toBe(0n);
+    expect(await ackOf(frontend, id, encodeU64(0n), [rig.eventfd()])).toBe(0n);
+  });
+
+  it.each(KICK_CALL_ERR)("BI-099: request %i with a reserved bit set is refused", async (id) => {
+    const { rig, frontend } = await ready();
+    await using _ = rig;
+    for (const bit of [9n, 31n, 32n, 63n]) {
+      expect(await ackOf(frontend, id, encodeU64(1n << bit), [rig.eventfd()])).not.toBe(0n);
+    }
+  });
+
+  it.each(KICK_CALL_ERR)("BI-024: request %i refuses an fd that is no event counter", async (id) => {
+    const { rig, frontend } = await ready();
+    await using _ = rig;
+    const fds = [
+      rig.memfd(),
+      rig.own(openSync(rig.directory, "r")),
+      rig.own(openSync(rig.directory, O_PATH)),
+      rig.own(openSync("/dev/null", "r+")),
+      rig.own(openSync(`/proc/self/fd/${rig.eventfd()}`, O_PATH)),
+    ];
+    for (const fd of fds) expect(await ackOf(frontend, id, encodeU64(0n), [fd])).not.toBe(0n);
+    expect(rig.device.takeNames()).toEqual([]);
+  });
+});
+
+describe("call and err fds", () => {
+  it.each([L.VHOST_USER_SET_VRING_CALL, L.VHOST_USER_SET_VRING_ERR])(
+    "BI-026: request %i takes the write end of a pipe and makes it non-blocking, for a full one must not hold up a poller",
+    async (id) => {
+      const { rig, frontend } = await started();
+      await using _ = rig;
+      const [read, write] = pipe().map((fd) => rig.own(fd)) as [number, number];
+      const isNonBlocking = () => (openFlags(write) & O_NONBLOCK) !== 0;
+      expect(isNonBlocking()).toBe(false);
+      expect(await ackOf(frontend, id, encodeU64(0n), [read])).not.toBe(0n);
+      expect(await ackOf(frontend, id, encodeU64(0n), [write])).toBe(0n);
+      expect(isNonBlocking()).toBe(true);
+      expect(rig.device.takeNames()).toEqual(["updateVring"]);
+    },
+  );
+
+  it("one end of a socket pair is taken too: what user-mode Linux passes", async () => {
+    const { rig, frontend } = await started();
+    await using _ = rig;
+    const [ours, theirs] = socketpair().map((fd) => rig.own(fd)) as [number, number];
+    await frontend.setVringCall(0, theirs);
+    signal(rig.device.lastVring.call as number);
+    expect(receive(ours, Buffer.alloc(16))?.count).toBe(8);
+  });
+
+  it("BI-024: a kick fd is an eventfd, no pipe and no socket", async () => {
+    const { rig, frontend } = await ready();
+    await using _ = rig;
+    for (const fd of [...pipe(), ...socketpair()].map((each) => rig.own(each))) {
+      expect(await ackOf(frontend, L.VHOST_USER_SET_VRING_KICK, encodeU64(0n), [fd])).not.toBe(0n);
+    }
+  });
+});
+
+function openFlags(fd: number): number {
+  return Number.parseInt(/flags:\s*(\d+)/.exec(readFileSync(`/proc/self/fdinfo/${fd}`, "utf8"))?.[1] ?? "", 8);
+}
