@@ -1,0 +1,167 @@
+/**
+ * What each offered request does: reads its payload, checks what concerns it, changes the session's state.
+ *
+ * Truth: QEMU docs/interop/vhost-user.rst, "Front-end message types"; protocol-reference, sections 4, 4.1 and 5.
+ * A handler returns the reply's payload if the request has a reply of its own, and throws a RelayError, having changed
+ * nothing, to refuse. It takes the fds it keeps out of the message.
+ */
+import { fdKind, isWritable, setNonBlocking } from "../../native/fd.ts";
+import type { FdKind } from "../../native/fd.ts";
+import { ProtocolError } from "../errors.ts";
+import * as L from "../layout/vhost-user.ts";
+import { VRING_SIZE_MAX } from "../layout/virtio.ts";
+import {
+  decodeMemTable,
+  decodeU64,
+  decodeVringAddress,
+  decodeVringState,
+  encodeU64,
+  encodeVringState,
+} from "./codec.ts";
+import type { Message } from "./codec.ts";
+import { hex } from "./memory-table.ts";
+import { bit, OFFERED_PROTOCOL_FEATURES, PROTOCOL_FEATURES_BIT } from "./state.ts";
+import type { SessionState } from "./state.ts";
+import { checkAddresses } from "./vring.ts";
+import type { VringState } from "./vring.ts";
+
+export type Handler = (state: SessionState, message: Message) => Promise<Buffer | void> | Buffer | void;
+
+/** What we write call and err signals to; user-mode Linux passes one end of a socket pair. */
+const SIGNAL_KINDS: FdKind[] = ["eventfd", "pipe", "socket"];
+
+export const getFeatures: Handler = ({ device }) => encodeU64(device.features | PROTOCOL_FEATURES_BIT);
+
+export const setFeatures: Handler = async (state, { payload }) => {
+  const features = decodeU64(payload);
+  checkOffered("feature", features, state.device.features | PROTOCOL_FEATURES_BIT);
+  await state.setFeatures(features);
+};
+
+export const getProtocolFeatures: Handler = () => encodeU64(OFFERED_PROTOCOL_FEATURES);
+
+export const setProtocolFeatures: Handler = (state, { payload }) => {
+  const features = decodeU64(payload);
+  const inbandNeeds = bit(L.VHOST_USER_PROTOCOL_F_REPLY_ACK) | bit(L.VHOST_USER_PROTOCOL_F_BACKEND_REQ);
+  if (features & bit(L.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS) && (features & inbandNeeds) !== inbandNeeds) {
+    throw new ProtocolError("INBAND_NOTIFICATIONS without REPLY_ACK and BACKEND_REQ", "drop");
+  }
+  checkOffered("protocol feature", features, OFFERED_PROTOCOL_FEATURES);
+  state.protocolFeatures = features;
+};
+
+export const getQueueNum: Handler = ({ device }) => encodeU64(BigInt(device.queuePairs));
+
+export const setMemTable: Handler = async (state, { payload, fds }) => {
+  const records = decodeMemTable(payload);
+  if (fds.length !== records.length) throw new ProtocolError(`${fds.length} fds for ${records.length} memory regions`);
+  await state.setMemory(records.map((record, index) => ({ ...record, fd: fds[index] as number })));
+};
+
+export const setVringNum: Handler = async (state, { payload }) => {
+  const { index, num } = decodeVringState(payload);
+  const ring = state.settableVring(index);
+  if (num < 1 || num > VRING_SIZE_MAX || (num & (num - 1)) !== 0) {
+    throw new ProtocolError(`ring ${index}: size ${num}, expected a power of two from 1 to ${VRING_SIZE_MAX}`);
+  }
+  ring.size = num;
+  await state.start(ring);
+};
+
+export const setVringAddr: Handler = async (state, { payload }) => {
+  const address = decodeVringAddress(payload);
+  const areas = checkAddresses(address);
+  const { addresses: before, running } = state.vring(address.index);
+  const isSame = before?.desc === areas.desc && before.avail === areas.avail && before.used === areas.used;
+  if (running && isSame) return;
+  const ring = state.settableVring(address.index);
+  ring.addresses = areas;
+  if (!state.isPlaceable(ring)) {
+    ring.addresses = before;
+    throw new ProtocolError(
+      `ring ${ring.index}: no single memory region holds each of its areas at ${hex(areas.desc)}, ` +
+        `${hex(areas.avail)} and ${hex(areas.used)}`,
+    );
+  }
+  await state.start(ring);
+};
+
+export const setVringBase: Handler = (state, { payload }) => {
+  const { index, num } = decodeVringState(payload);
+  const ring = state.settableVring(index);
+  if (num > L.VRING_BASE_MAX) throw new ProtocolError(`ring ${index}: base ${num}, a split ring's has 16 bits`);
+  ring.base = num;
+};
+
+export const getVringBase: Handler = async (state, { payload }) => {
+  const ring = state.vring(decodeVringState(payload).index);
+  return encodeVringState({ index: ring.index, num: await state.stop(ring) });
+};
+
+export const setVringKick: Handler = async (state, message) => {
+  await setVringFd(state, message, "kick", ["eventfd"]);
+};
+
+export const setVringCall: Handler = async (state, message) => {
+  await setVringFd(state, message, "call", SIGNAL_KINDS);
+};
+
+export const setVringErr: Handler = async (state, message) => {
+  await setVringFd(state, message, "err", SIGNAL_KINDS);
+};
+
+/** Front-ends may enable rings before SET_FEATURES, when only the offer of bit 30 is known. */
+export const setVringEnable: Handler = async (state, { payload }) => {
+  const { index, num } = decodeVringState(payload);
+  const ring = state.vring(index);
+  if (num > 1) throw new ProtocolError(`ring ${index}: enable is ${num}, expected 0 or 1`);
+  if (state.features !== undefined && (state.features & PROTOCOL_FEATURES_BIT) === 0n) {
+    throw new ProtocolError("SET_VRING_ENABLE without VHOST_USER_F_PROTOCOL_FEATURES");
+  }
+  await state.enable(ring, num === 1);
+};
+
+export const setBackendReqFd: Handler = (state, { fds }) => {
+  const [fd] = fds;
+  if (fd === undefined || fds.length !== 1)
+    throw new ProtocolError(`${fds.length} fds with SET_BACKEND_REQ_FD, expected 1`);
+  if (fdKind(fd) !== "socket") throw new ProtocolError("the fd of SET_BACKEND_REQ_FD is no socket");
+  fds.length = 0;
+  state.setBackendRequestFd(fd);
+};
+
+export const nothing: Handler = () => {};
+
+function checkOffered(what: string, features: bigint, offered: bigint): void {
+  const others = features & ~offered;
+  if (others !== 0n) throw new ProtocolError(`${what} bits ${hex(others)} were not offered (offered: ${hex(offered)})`);
+}
+
+/** A saturated call or err counter must never block a poller, so those fds are made non-blocking. */
+async function setVringFd(
+  state: SessionState,
+  message: Message,
+  which: "kick" | "call" | "err",
+  kinds: FdKind[],
+): Promise<void> {
+  const { ring, fd } = vringFd(state, message);
+  if (fd !== undefined) {
+    if (!kinds.includes(fdKind(fd)) || !isWritable(fd)) {
+      throw new ProtocolError(`ring ${ring.index}: the ${which} fd is no writable ${kinds.join(" or ")}`);
+    }
+    if (which !== "kick") setNonBlocking(fd);
+  }
+  await state.setFd(ring, which, fd);
+  message.fds.length = 0;
+}
+
+/** Bits 0-7 are the ring, bit 8 says that no fd comes along. */
+function vringFd(state: SessionState, { payload, fds }: Message): { ring: VringState; fd: number | undefined } {
+  const value = decodeU64(payload);
+  const hasNoFd = (value & BigInt(L.VHOST_USER_VRING_NOFD_MASK)) !== 0n;
+  if (value > BigInt(L.VHOST_USER_VRING_IDX_MASK | L.VHOST_USER_VRING_NOFD_MASK)) {
+    throw new ProtocolError(`ring number ${hex(value)} has reserved bits set`);
+  }
+  if (fds.length !== (hasNoFd ? 0 : 1)) throw new ProtocolError(`${fds.length} fds, expected ${hasNoFd ? 0 : 1}`);
+  return { ring: state.vring(Number(value) & L.VHOST_USER_VRING_IDX_MASK), fd: fds[0] };
+}
