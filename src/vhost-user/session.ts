@@ -3,7 +3,8 @@
  * and says what to answer.
  *
  * Truth: QEMU docs/interop/vhost-user.rst; protocol-reference, sections 4 (REPLY_ACK rules) and 4.1. Knows nothing of
- * sockets. The rules of each request are in requests.ts, what it does is in handlers.ts, the ring state machine in state.ts.
+ * sockets. The rules of each request are in requests.ts, what it does is in handlers.ts, the ring state machine is in
+ * state.ts.
  */
 import { ProtocolError, RelayError } from "../errors.ts";
 import { VHOST_USER_NEED_REPLY, VHOST_USER_PROTOCOL_F_REPLY_ACK, VHOST_USER_REPLY } from "../layout/vhost-user.ts";

@@ -76,6 +76,18 @@ describe("connections", () => {
     expect(rig.events).toEqual([{ type: "connect" }]);
   });
 
+  it("the deadline of a message counts from its first byte, not from the message before", async () => {
+    await using rig = new Rig();
+    rig.serve({ messageTimeoutMs: 300 });
+    const frontend = rig.connect();
+    await barrier(frontend);
+    await new Promise((resolve) => setTimeout(resolve, 400));
+    await frontend.send(getFeatures.subarray(0, 5));
+    await new Promise((resolve) => setTimeout(resolve, 5));
+    await frontend.send(getFeatures.subarray(5));
+    expect(await frontend.receive()).toMatchObject({ request: L.VHOST_USER_GET_FEATURES });
+  });
+
   it("BI-004: a message that is begun and not finished drops the connection", async () => {
     await using rig = new Rig();
     rig.serve({ messageTimeoutMs: 20 });

@@ -34,6 +34,15 @@ describe("5: start and stop", () => {
     ]);
   });
 
+  it("nothing but SET_VRING_KICK starts it", async () => {
+    const { rig, frontend } = await ready();
+    await using _ = rig;
+    await frontend.setVringEnable(0, true);
+    await frontend.setVringCall(0, rig.eventfd());
+    await frontend.setVringErr(0, rig.eventfd());
+    expect(rig.device.takeNames()).toEqual([]);
+  });
+
   it("SET_VRING_KICK without an fd starts the ring, to be polled", async () => {
     const { rig, frontend } = await ready();
     await using _ = rig;
@@ -219,6 +228,18 @@ describe("5: enable", () => {
     expect(rig.device.lastVring.enabled).toBe(true);
     await expect(frontend.setVringEnable(0, false)).rejects.toThrow(/refused/);
     expect(rig.device.lastVring.enabled).toBe(true);
+  });
+
+  it("an ENABLE the device refuses is nacked and the bit stays", async () => {
+    const { rig, frontend } = await started();
+    await using _ = rig;
+    rig.device.before = () => {
+      throw new GuestError("no");
+    };
+    await expect(frontend.setVringEnable(0, true)).rejects.toThrow(/refused/);
+    rig.device.before = () => {};
+    await frontend.setVringCall(0, rig.eventfd());
+    expect(rig.device.lastVring.enabled).toBe(false);
   });
 
   it.each([2, 0xffffffff])("BI-123: ENABLE with %i is refused", async (num) => {
