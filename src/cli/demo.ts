@@ -42,7 +42,9 @@ function captured(path: string): Uint8Array[] {
   }
   const { linkType, packets } = readPcap(file);
   if (linkType !== LINKTYPE_ETHERNET) throw new ConfigError(`--pcap ${path}: link type ${linkType}, not Ethernet (1)`);
-  const whole = packets.filter(({ data, originalLength }) => data.length === originalLength && data.length >= ETHERNET_HEADER_SIZE);
+  const whole = packets.filter(
+    ({ data, originalLength }) => data.length === originalLength && data.length >= ETHERNET_HEADER_SIZE,
+  );
   if (whole.length === 0) throw new ConfigError(`--pcap ${path}: no frame in it was captured whole`);
   return whole.map(({ data }) => data);
 }

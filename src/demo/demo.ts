@@ -64,13 +64,29 @@ export async function runDemo({ seconds, frames, signal, onProgress, intervalMs 
       if (reason !== undefined) fail(reason);
     },
   });
-  await using a = new DriverThread({ path: paths[0], frames, send: 0, expect: 1 }, (error) => fail(`driver a: ${error.message}`));
-  await using b = new DriverThread({ path: paths[1], frames, send: 1, expect: 0 }, (error) => fail(`driver b: ${error.message}`));
+  await using a = new DriverThread({ path: paths[0], frames, send: 0, expect: 1 }, (error) =>
+    fail(`driver a: ${error.message}`),
+  );
+  await using b = new DriverThread({ path: paths[1], frames, send: 1, expect: 0 }, (error) =>
+    fail(`driver b: ${error.message}`),
+  );
   await Promise.all([a.ready, b.ready]);
 
   const directions = (): Direction[] => [
-    { name: "a -> b", sent: a.sent, received: b.received, receivedBytes: b.receivedBytes, drops: drops(relay, paths[0]) },
-    { name: "b -> a", sent: b.sent, received: a.received, receivedBytes: a.receivedBytes, drops: drops(relay, paths[1]) },
+    {
+      name: "a -> b",
+      sent: a.sent,
+      received: b.received,
+      receivedBytes: b.receivedBytes,
+      drops: drops(relay, paths[0]),
+    },
+    {
+      name: "b -> a",
+      sent: b.sent,
+      received: a.received,
+      receivedBytes: a.receivedBytes,
+      drops: drops(relay, paths[1]),
+    },
   ];
   const start = performance.now();
   const ended = AbortSignal.any([signal, stop.signal]);

@@ -23,7 +23,13 @@ const { path, wakeFd, frames, send, expect, control, counters } = workerData as 
 
 using guest = new Guest([{ gpa: GUEST_GPA, sizeBytes: GUEST_BYTES }]);
 const longest = frames.reduce((max, frame) => Math.max(max, frame.length), FRAME_SIZE_MAX);
-using driver = await NetDriver.connect({ path, guest, ringSize: 512, receiveBufferBytes: 4096, frameBytesMax: longest });
+using driver = await NetDriver.connect({
+  path,
+  guest,
+  ringSize: 512,
+  receiveBufferBytes: 4096,
+  frameBytesMax: longest,
+});
 driver.wakeOn(wakeFd);
 parentPort?.postMessage("ready");
 run();

@@ -19,7 +19,9 @@ export class DriverThread implements AsyncDisposable {
   /** @param onFailure told what ended the thread before it was asked to */
   constructor(plan: DriverPlan, onFailure: (error: Error) => void) {
     const task: DriverTask = { ...plan, wakeFd: this.#wakeFd, control: this.#control, counters: this.#counters };
-    const worker = new Worker(new URL(`./driver-thread${extname(import.meta.url)}`, import.meta.url), { workerData: task });
+    const worker = new Worker(new URL(`./driver-thread${extname(import.meta.url)}`, import.meta.url), {
+      workerData: task,
+    });
     const { promise: ready, resolve } = Promise.withResolvers<void>();
     const { promise: exited, resolve: exit } = Promise.withResolvers<void>();
     worker.once("message", () => resolve());

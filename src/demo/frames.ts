@@ -79,7 +79,18 @@ function arp(operation: number, from: Host, to: Host, toMac: number[]): Uint8Arr
 
 function ipv4(from: Host, to: Host, protocol: number, payload: Uint8Array, vlan?: number): Uint8Array {
   // Never fragmented (DF), so that the identification may be 0 (RFC 6864, 4.1).
-  const header = octets(0x45, 0, u16(20 + payload.length), u16(0), u16(0x4000), 64, protocol, u16(0), from.ipv4, to.ipv4);
+  const header = octets(
+    0x45,
+    0,
+    u16(20 + payload.length),
+    u16(0),
+    u16(0x4000),
+    64,
+    protocol,
+    u16(0),
+    from.ipv4,
+    to.ipv4,
+  );
   return ethernet(from, to.mac, ETHERTYPE_IPV4, octets(sealed(header, 10), payload), vlan);
 }
 
@@ -107,11 +118,22 @@ function udpSegment(ports: [number, number], payload: Uint8Array, pseudo: (lengt
 }
 
 function udp4(from: Host, to: Host, ports: [number, number], payload: Uint8Array, vlan?: number): Uint8Array {
-  return ipv4(from, to, UDP, udpSegment(ports, payload, (length) => pseudo4(from, to, UDP, length)), vlan);
+  return ipv4(
+    from,
+    to,
+    UDP,
+    udpSegment(ports, payload, (length) => pseudo4(from, to, UDP, length)),
+    vlan,
+  );
 }
 
 function udp6(from: Host, to: Host, ports: [number, number], payload: Uint8Array): Uint8Array {
-  return ipv6(from, to, UDP, udpSegment(ports, payload, (length) => pseudo6(from, to, UDP, length)));
+  return ipv6(
+    from,
+    to,
+    UDP,
+    udpSegment(ports, payload, (length) => pseudo6(from, to, UDP, length)),
+  );
 }
 
 interface Segment {
@@ -124,7 +146,14 @@ interface Segment {
 
 function tcp4(from: Host, to: Host, { ports, sequence, acknowledged, flags, payload }: Segment): Uint8Array {
   const options = flags & SYN ? [2, 4, ...u16(MSS)] : [];
-  const head = octets(u16(ports[0]), u16(ports[1]), u32(sequence), u32(acknowledged), (20 + options.length) << 2, flags);
+  const head = octets(
+    u16(ports[0]),
+    u16(ports[1]),
+    u32(sequence),
+    u32(acknowledged),
+    (20 + options.length) << 2,
+    flags,
+  );
   const segment = octets(head, u16(0xffff), u16(0), u16(0), options, payload ?? []);
   return ipv4(from, to, TCP, sealed(segment, 16, pseudo4(from, to, TCP, segment.length)));
 }
@@ -143,8 +172,20 @@ function conversation(): Uint8Array[] {
     tcp4(BOB, ALICE, { ports: down, sequence: b, acknowledged: a + 1, flags: SYN | ACK }),
     tcp4(ALICE, BOB, { ports: up, sequence: a + 1, acknowledged: atB(1), flags: ACK }),
     tcp4(ALICE, BOB, { ports: up, sequence: a + 1, acknowledged: atB(1), flags: PSH | ACK, payload: request }),
-    tcp4(BOB, ALICE, { ports: down, sequence: atB(1), acknowledged: asked, flags: ACK, payload: body.subarray(0, MSS) }),
-    tcp4(BOB, ALICE, { ports: down, sequence: atB(1 + MSS), acknowledged: asked, flags: PSH | ACK, payload: body.subarray(MSS) }),
+    tcp4(BOB, ALICE, {
+      ports: down,
+      sequence: atB(1),
+      acknowledged: asked,
+      flags: ACK,
+      payload: body.subarray(0, MSS),
+    }),
+    tcp4(BOB, ALICE, {
+      ports: down,
+      sequence: atB(1 + MSS),
+      acknowledged: asked,
+      flags: PSH | ACK,
+      payload: body.subarray(MSS),
+    }),
     tcp4(ALICE, BOB, { ports: up, sequence: asked, acknowledged: atB(1 + 2 * MSS), flags: FIN | ACK }),
     tcp4(BOB, ALICE, { ports: down, sequence: atB(1 + 2 * MSS), acknowledged: asked + 1, flags: FIN | ACK }),
     tcp4(ALICE, BOB, { ports: up, sequence: asked + 1, acknowledged: atB(2 + 2 * MSS), flags: ACK }),

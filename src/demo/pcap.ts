@@ -37,7 +37,8 @@ export interface Capture {
  */
 export function readPcap(file: Uint8Array): Capture {
   const view = new DataView(file.buffer, file.byteOffset, file.byteLength);
-  if (file.length < FILE_HEADER_SIZE) throw new ConfigError(`a pcap file of ${file.length} bytes: its header alone takes 24`);
+  if (file.length < FILE_HEADER_SIZE)
+    throw new ConfigError(`a pcap file of ${file.length} bytes: its header alone takes 24`);
   const littleEndian = isMagic(view.getUint32(0, true));
   const magic = view.getUint32(0, littleEndian);
   if (!isMagic(magic)) {
@@ -45,7 +46,7 @@ export function readPcap(file: Uint8Array): Capture {
   }
   const nsPerTick = magic === MAGIC_NANOSECONDS ? 1n : 1000n;
   const packets: Packet[] = [];
-  for (let at = FILE_HEADER_SIZE; at < file.length; ) {
+  for (let at = FILE_HEADER_SIZE; at < file.length;) {
     const data = at + PACKET_HEADER_SIZE;
     const end = data > file.length ? Infinity : data + view.getUint32(at + 8, littleEndian);
     if (end > file.length) throw new ConfigError(`pcap file is cut off in packet ${packets.length}, at byte ${at}`);

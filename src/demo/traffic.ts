@@ -54,7 +54,8 @@ export class Traffic {
   difference(k: number, received: Uint8Array): string | undefined {
     const expected = this.frame(k);
     if (Buffer.compare(expected, received) === 0) return undefined;
-    if (expected.length !== received.length) return `frame ${k} has ${received.length} bytes instead of ${expected.length}`;
+    if (expected.length !== received.length)
+      return `frame ${k} has ${received.length} bytes instead of ${expected.length}`;
     const at = expected.findIndex((byte, i) => byte !== received[i]);
     return `frame ${k} of ${expected.length} bytes differs at byte ${at}: ${received[at]} instead of ${expected[at]}`;
   }

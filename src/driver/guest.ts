@@ -65,7 +65,7 @@ export class Guest implements Disposable {
     const end = roundUp(gpa + BigInt(sizeBytes), PAGE_SIZE);
     const pages = roundUp(end - first, WASM_PAGE_SIZE) / WASM_PAGE_SIZE;
     const memory = new WebAssembly.Memory({ initial: pages, maximum: pages, shared: true, address: "i64" });
-    for (let at = first; at < end; ) {
+    for (let at = first; at < end;) {
       const { region, rest } = this.#find(at);
       const length = rest < end - at ? rest : end - at;
       mapShared({ memory, offset: at - first, sizeBytes: length }, this.#fd, region.mmapOffset + (at - region.gpa));
@@ -92,7 +92,7 @@ export class Guest implements Disposable {
   }
 
   #eachPiece(gpa: bigint, bytes: Uint8Array, move: (piece: Uint8Array, position: number) => number): void {
-    for (let done = 0; done < bytes.length; ) {
+    for (let done = 0; done < bytes.length;) {
       const at = gpa + BigInt(done);
       const { region, rest } = this.#find(at);
       const length = Math.min(bytes.length - done, Number(rest));
@@ -120,7 +120,8 @@ export class Arena {
   take(sizeBytes: number, alignment: number): Window {
     const { buffer, byteOffset, gpa, sizeBytes: limit } = this.#window;
     const start = Number(roundUp(gpa + BigInt(this.#taken), BigInt(alignment)) - gpa);
-    if (start + sizeBytes > limit) throw new RangeError(`${sizeBytes} bytes do not fit the ${limit - start} left of this window`);
+    if (start + sizeBytes > limit)
+      throw new RangeError(`${sizeBytes} bytes do not fit the ${limit - start} left of this window`);
     this.#taken = start + sizeBytes;
     return { buffer, byteOffset: byteOffset + start, gpa: gpa + BigInt(start), sizeBytes };
   }

@@ -90,7 +90,10 @@ export class NetDriver implements Disposable {
     this.features = features;
     this.#fds = Array.from({ length: 4 * queuePairs }, eventfdCreate);
     this.pairs = Array.from({ length: queuePairs }, (_, i) => {
-      return new QueuePair(arena, pair, { receive: this.#kick(2 * i + RECEIVEQ), transmit: this.#kick(2 * i + TRANSMITQ) });
+      return new QueuePair(arena, pair, {
+        receive: this.#kick(2 * i + RECEIVEQ),
+        transmit: this.#kick(2 * i + TRANSMITQ),
+      });
     });
   }
 
@@ -165,7 +168,9 @@ async function negotiate(frontend: Frontend, options: NetDriverOptions): Promise
   const { path, queuePairs = 1, mergeable = true, eventIdx = true, indirect = true } = options;
   const offered = await frontend.getFeatures();
   if ((offered & bit(VIRTIO_F_VERSION_1)) === 0n) {
-    throw new ConfigError(`the back-end on ${path} offers features 0x${offered.toString(16)}, without VIRTIO_F_VERSION_1`);
+    throw new ConfigError(
+      `the back-end on ${path} offers features 0x${offered.toString(16)}, without VIRTIO_F_VERSION_1`,
+    );
   }
   if ((offered & bit(VHOST_USER_F_PROTOCOL_FEATURES)) !== 0n) {
     const protocol = bit(VHOST_USER_PROTOCOL_F_MQ) | bit(VHOST_USER_PROTOCOL_F_REPLY_ACK);

@@ -98,11 +98,14 @@ export class QueuePair {
   #nextFrame(): Uint8Array | undefined {
     const first = this.#receiveBuffers.reclaim(this.receiveq);
     if (first === undefined) return undefined;
-    if (first.length < NET_HDR_SIZE) throw new DeviceError(`receive buffer used with ${first.length} bytes: no whole header`);
+    if (first.length < NET_HDR_SIZE)
+      throw new DeviceError(`receive buffer used with ${first.length} bytes: no whole header`);
     const buffers = first[NET_HDR_NUM_BUFFERS]! | (first[NET_HDR_NUM_BUFFERS + 1]! << 8);
     const zero = first.subarray(0, NET_HDR_NUM_BUFFERS).every((byte) => byte === 0);
     if (!zero || buffers === 0 || (buffers > 1 && !this.#mergeable)) {
-      throw new DeviceError(`receive header ${Buffer.from(first.subarray(0, NET_HDR_SIZE)).toString("hex")}: not negotiated`);
+      throw new DeviceError(
+        `receive header ${Buffer.from(first.subarray(0, NET_HDR_SIZE)).toString("hex")}: not negotiated`,
+      );
     }
     if (buffers === 1) return first.subarray(NET_HDR_SIZE);
     this.#merged.set(first);
@@ -111,7 +114,8 @@ export class QueuePair {
       const part = this.#receiveBuffers.reclaim(this.receiveq);
       // The device shows all buffers of a frame by one store of the used index (5.1.6.4).
       if (part === undefined) throw new DeviceError(`a frame of ${buffers} buffers, but only ${i} were used`);
-      if (length + part.length > this.#merged.length) throw new DeviceError(`a frame of more than ${this.#merged.length} bytes`);
+      if (length + part.length > this.#merged.length)
+        throw new DeviceError(`a frame of more than ${this.#merged.length} bytes`);
       this.#merged.set(part, length);
       length += part.length;
     }

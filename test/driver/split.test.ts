@@ -45,7 +45,11 @@ describe("adding buffers (2.7.13)", () => {
   test("an indirect table takes one ring descriptor whatever the chain's length (2.7.7)", () => {
     const { driver, memory, device } = ring();
     const chain = Array.from({ length: 20 }, (_, i) => buffer(BigInt(i) << 12n, i + 1, i > 4));
-    const head = driver.addIndirect(chain, { buffer: memory, byteOffset: TABLE_OFFSET, gpa: GPA + BigInt(TABLE_OFFSET) });
+    const head = driver.addIndirect(chain, {
+      buffer: memory,
+      byteOffset: TABLE_OFFSET,
+      gpa: GPA + BigInt(TABLE_OFFSET),
+    });
     driver.publish();
     expect(device.take()).toEqual({ head, buffers: chain });
     expect(driver.numFree).toBe(7);
@@ -53,7 +57,9 @@ describe("adding buffers (2.7.13)", () => {
 
   test("an indirect table is refused unless VIRTIO_F_INDIRECT_DESC was negotiated (2.7.7.1)", () => {
     const { driver, memory } = ring({ indirect: false });
-    expect(() => driver.addIndirect([buffer(0n, 1, false)], { buffer: memory, byteOffset: 0, gpa: 0n })).toThrow(RangeError);
+    expect(() => driver.addIndirect([buffer(0n, 1, false)], { buffer: memory, byteOffset: 0, gpa: 0n })).toThrow(
+      RangeError,
+    );
   });
 
   test("device-readable buffers come first (2.7.4.2), and an empty chain does not exist", () => {
@@ -78,15 +84,18 @@ describe("adding buffers (2.7.13)", () => {
     expect(driver.addBuffer(7, 0, 1, false)).toBe(last!.head);
   });
 
-  test.each([1, 2, 256, 32768])("layout of %i descriptors: areas aligned 16, 2, 4, disjoint, event words inside", (size) => {
-    const bare = SplitDriver.layout(size, false);
-    const { desc, avail, used, sizeBytes } = SplitDriver.layout(size, true);
-    expect([desc % 16, avail % 2, used % 4]).toEqual([0, 0, 0]);
-    expect(avail).toBeGreaterThanOrEqual(desc + 16 * size);
-    expect(used).toBeGreaterThanOrEqual(avail + 6 + 2 * size);
-    expect(sizeBytes).toBeGreaterThanOrEqual(used + 6 + 8 * size);
-    expect(bare.sizeBytes).toBeGreaterThanOrEqual(bare.used + 4 + 8 * size);
-  });
+  test.each([1, 2, 256, 32768])(
+    "layout of %i descriptors: areas aligned 16, 2, 4, disjoint, event words inside",
+    (size) => {
+      const bare = SplitDriver.layout(size, false);
+      const { desc, avail, used, sizeBytes } = SplitDriver.layout(size, true);
+      expect([desc % 16, avail % 2, used % 4]).toEqual([0, 0, 0]);
+      expect(avail).toBeGreaterThanOrEqual(desc + 16 * size);
+      expect(used).toBeGreaterThanOrEqual(avail + 6 + 2 * size);
+      expect(sizeBytes).toBeGreaterThanOrEqual(used + 6 + 8 * size);
+      expect(bare.sizeBytes).toBeGreaterThanOrEqual(bare.used + 4 + 8 * size);
+    },
+  );
 
   test.each([0, 3, 65536])("a ring of %i descriptors is refused (2.7: a power of two up to 32768)", (size) => {
     expect(() => ring({ size })).toThrow(RangeError);
@@ -187,7 +196,11 @@ describe("receiving used buffers (2.7.14)", () => {
       }
       expect([driver.pop(), driver.pop(), driver.pop()]).toEqual([...heads, -1]);
     }
-    expect([driver.availIdx, driver.lastUsed, driver.numFree]).toEqual([(65530 + 40) & 0xffff, (65530 + 40) & 0xffff, 8]);
+    expect([driver.availIdx, driver.lastUsed, driver.numFree]).toEqual([
+      (65530 + 40) & 0xffff,
+      (65530 + 40) & 0xffff,
+      8,
+    ]);
   });
 });
 
@@ -226,14 +239,17 @@ describe("kicks (2.7.10: the device's notification suppression)", () => {
     expect([driver.needsKick(), driver.needsKick()]).toEqual([true, false]);
   });
 
-  test.each([0, 1, 65533, 65535])("from index %i: kick if and only if avail_event is among the published entries", (base) => {
-    for (let event = base - 3; event < base + 6; event++) {
-      const { driver, device } = ring({ base });
-      device.setAvailEvent(event & 0xffff);
-      turn(driver, device, 3);
-      expect(driver.needsKick(), `avail_event ${event}`).toBe(event >= base && event < base + 3);
-    }
-  });
+  test.each([0, 1, 65533, 65535])(
+    "from index %i: kick if and only if avail_event is among the published entries",
+    (base) => {
+      for (let event = base - 3; event < base + 6; event++) {
+        const { driver, device } = ring({ base });
+        device.setAvailEvent(event & 0xffff);
+        turn(driver, device, 3);
+        expect(driver.needsKick(), `avail_event ${event}`).toBe(event >= base && event < base + 3);
+      }
+    },
+  );
 
   test("batches published between two questions count together", () => {
     const { driver, device } = ring({ base: 10 });
