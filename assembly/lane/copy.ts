@@ -139,10 +139,10 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
 export function awaitKicks(dropWhenStuck: bool): bool {
   if (!isRunning<Source>()) return false;
   if (waitingAt != NOT_WAITING && !dropWhenStuck && isReceiving()) {
-    requestKick<Destination>();
+    requestKick<Destination>(waitingAt);
     return loadAvailIndex<Destination>() != waitingAt;
   }
-  requestKick<Source>();
+  requestKick<Source>(nextAvail<Source>());
   return loadAvailIndex<Source>() != nextAvail<Source>();
 }
 
@@ -224,10 +224,10 @@ function collectBuffers(frame: u32): u32 {
   for (let step: u32 = 0; step <= size; ++step) {
     if (next == availLimit) {
       availLimit = loadAvailIndex<Destination>();
-      const pending = (availLimit - nextAvail<Destination>()) & 0xffff;
-      if (pending > size) return breakDestination();
-      if (next == availLimit)
-        return mergedEnd == MERGED_CHAINS + <usize>size * <usize>MERGED_BYTES ? drop(COUNT_DROP_TOO_SMALL) : wait();
+      // Counted from the chains already taken: an index that runs backwards meanwhile is no index either.
+      const taken = (next - nextAvail<Destination>()) & 0xffff;
+      if (((availLimit - next) & 0xffff) + taken > size) return breakDestination();
+      if (next == availLimit) return taken == size ? drop(COUNT_DROP_TOO_SMALL) : wait(next);
     }
     const head = loadHead<Destination>(next);
     if (head >= size) return breakDestination();
@@ -257,7 +257,7 @@ function collectBuffers(frame: u32): u32 {
       return DELIVERED;
     }
   }
-  return wait();
+  return wait(next);
 }
 
 /** Gives back a malformed receive chain and those already taken for the same frame, all with length 0. */
@@ -269,9 +269,10 @@ function returnUnused(head: u32): void {
   count(COUNT_MALFORMED);
 }
 
-function wait(): u32 {
+/** @param at the avail index up to which buffers were looked at */
+function wait(at: u32): u32 {
   if (waitingAt == NOT_WAITING) count(COUNT_WAITS);
-  waitingAt = availLimit;
+  waitingAt = at;
   return NO_BUFFERS;
 }
 
@@ -280,18 +281,19 @@ let brokeDestination: bool = false;
 function breakDestination(): u32 {
   breakRing<Destination>();
   brokeDestination = true;
+  waitingAt = NOT_WAITING;
   return drop(COUNT_DROP_NO_RECEIVER);
 }
 
-/** Publishes what this poll used on the destination ring. @returns what is due there */
+/** Publishes what this poll used on the destination ring, also if it broke after that. @returns what is due there */
 function finishDestination(): u32 {
+  let result: u32 = 0;
   if (brokeDestination) {
     brokeDestination = false;
-    return POLL_BROKE_DESTINATION;
-  }
-  if (!isRunning<Destination>()) return 0;
+    result = POLL_BROKE_DESTINATION;
+  } else if (!isRunning<Destination>()) return 0;
   if (isCallUndecided<Destination>()) publishUsed<Destination>();
-  return decideCall<Destination>(COUNT_CALLS_DESTINATION, POLL_CALL_DESTINATION);
+  return result | decideCall<Destination>(COUNT_CALLS_DESTINATION, POLL_CALL_DESTINATION);
 }
 
 /** Whether to call the driver for what was used since it was last decided; counted either way. */
