@@ -99,24 +99,28 @@ export async function runDemo({ seconds, frames, signal, onProgress, intervalMs 
   }
   const elapsedMs = performance.now() - start;
   for (const driver of [a, b]) driver.enter("drain");
-  await drain(directions, stop.signal);
+  await drain([a, b], directions, stop.signal);
 
   const final = directions();
   return { elapsedMs, directions: final, failure: failure ?? missing(final) };
 }
 
 /** Waits until everything sent has arrived, or nothing arrives any more. */
-async function drain(directions: () => Direction[], failed: AbortSignal): Promise<void> {
+async function drain(
+  drivers: readonly DriverThread[],
+  directions: () => Direction[],
+  failed: AbortSignal,
+): Promise<void> {
   let arrived = -1;
-  let lateMs = 0;
-  while (!failed.aborted && lateMs < DRAIN_MS) {
-    // Twice: a driver counts what it sends after the fact, and may still finish the batch it was at.
-    await sleep(POLL_MS);
+  for (let lateMs = 0; lateMs < DRAIN_MS && !failed.aborted; lateMs += POLL_MS) {
+    // In this order: what is sent is final before it is compared.
+    const isFinal = drivers.every((driver) => driver.isDraining);
     const now = directions();
+    if (isFinal && now.every(({ sent, received }) => sent === received)) return;
     const total = now.reduce((sum, { received }) => sum + received, 0);
-    if (total === arrived && now.every(({ sent, received }) => sent === received)) return;
-    lateMs = total === arrived ? lateMs + POLL_MS : 0;
+    if (total !== arrived) lateMs = 0;
     arrived = total;
+    await sleep(POLL_MS);
   }
 }
 

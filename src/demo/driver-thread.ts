@@ -60,6 +60,7 @@ function run(): void {
     Atomics.store(counters, COUNTER.sent, BigInt(sent));
     Atomics.store(counters, COUNTER.received, BigInt(received));
     Atomics.store(counters, COUNTER.receivedBytes, BigInt(receivedBytes));
+    Atomics.store(counters, COUNTER.phase, BigInt(phase));
     if (taken === 0 && sent === before) driver.wait(WAIT_MS, phase === PHASE.transmit);
   }
 }

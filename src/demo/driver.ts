@@ -47,6 +47,11 @@ export class DriverThread implements AsyncDisposable {
     return this.#counter(COUNTER.receivedBytes);
   }
 
+  /** Whether it has stopped transmitting: `sent` is final. */
+  get isDraining(): boolean {
+    return this.#counter(COUNTER.phase) === PHASE.drain;
+  }
+
   enter(phase: keyof typeof PHASE): void {
     Atomics.store(this.#control, 0, PHASE[phase]);
     signal(this.#wakeFd);

@@ -3,9 +3,12 @@
 /** Word 0 of `control`: written by the main thread, which then signals `wakeFd`. */
 export const PHASE = { hold: 0, transmit: 1, drain: 2, quit: 3 } as const;
 
-/** Indexes of `counters`: written by the driver thread. Received frames are verified ones. */
-export const COUNTER = { sent: 0, received: 1, receivedBytes: 2 } as const;
-export const COUNTERS = 3;
+/**
+ * Indexes of `counters`: written by the driver thread. Received frames are verified ones; `phase` is the one the other
+ * counters belong to, so that in `drain` the count of sent frames is final.
+ */
+export const COUNTER = { sent: 0, received: 1, receivedBytes: 2, phase: 3 } as const;
+export const COUNTERS = 4;
 
 /** A driver thread's workerData. */
 export interface DriverTask {

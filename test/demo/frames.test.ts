@@ -67,7 +67,7 @@ test("internetChecksum gives RFC 1071's own example", () => {
   expect(internetChecksum(Uint8Array.of(0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7))).toBe(~0xddf2 & 0xffff);
 });
 
-test("examples/traffic.pcap is what the code makes; if not: node src/demo/write-example.ts", () => {
+test("examples/traffic.pcap is what the code makes; if not: node examples/write-traffic.ts", () => {
   const file = readFileSync(FILE);
   expect(file.equals(writePcap(exampleCapture()))).toBe(true);
   expect(readPcap(file).packets.map(({ data }) => Uint8Array.from(data))).toEqual(exampleFrames());
