@@ -21,7 +21,6 @@ import {
   VRING_EVENT_IDX,
   VRING_FLAGS,
   VRING_NEVER_SIGNALLED,
-  VRING_NEXT_AVAIL,
   VRING_NEXT_USED,
   VRING_SIGNALLED,
   VRING_SIZE,
@@ -56,14 +55,14 @@ export function isCallDue<E>(): bool {
   return before == VRING_NEVER_SIGNALLED || ((used - usedEvent - 1) & 0xffff) < ((used - before) & 0xffff);
 }
 
-/** Asks the driver for a kick with the next chain it makes available. */
-export function requestKick<E>(): void {
+/** Asks the driver for a kick when it makes the chain at an avail index available, the first it had not yet made so. */
+export function requestKick<E>(index: u32): void {
   const vring = vringOf<E>();
   const segment = load<u32>(vring, VRING_USED_SEGMENT);
   const used = load<u64>(vring, VRING_USED);
   if (load<u32>(vring, VRING_FLAGS) & VRING_EVENT_IDX) {
     const availEvent = used + USED_RING + <u64>load<u32>(vring, VRING_SIZE) * USED_ENTRY_SIZE;
-    atomicStore16(end<E>(), segment, availEvent, load<u32>(vring, VRING_NEXT_AVAIL));
+    atomicStore16(end<E>(), segment, availEvent, index);
   } else {
     atomicStore16(end<E>(), segment, used + USED_FLAGS, 0);
   }

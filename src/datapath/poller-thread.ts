@@ -76,7 +76,10 @@ class PollerThread {
     while (!this.#stopping) {
       let moved = 0;
       for (const lane of this.#lanes) moved += this.#turn(lane);
-      if (Atomics.load(control, CONTROL_COMMANDS) !== this.#handled) this.#handleCommands();
+      if (Atomics.load(control, CONTROL_COMMANDS) !== this.#handled) {
+        this.#handleCommands();
+        continue;
+      }
       if (moved !== 0) {
         idleSince = 0;
         control[CONTROL_BUSY]!++;

@@ -77,7 +77,9 @@ export class Poller {
   readonly #control = new BigInt64Array(new SharedArrayBuffer(8 * CONTROL_WORDS));
   readonly #wake = eventfdCreate();
   readonly #pending = new Map<number, () => void>();
+  readonly #task: Promise<void>;
   #sequence = 0;
+  #ended = false;
 
   constructor(
     pool: Piscina,
@@ -105,7 +107,7 @@ export class Poller {
     };
     // piscina's declaration picks the wrong overload of postMessage
     const transferList = [port2] as unknown as NonNullable<Parameters<Piscina["run"]>[1]>["transferList"];
-    pool.run(task, { transferList }).then(
+    this.#task = pool.run(task, { transferList }).then(
       () => this.#end(),
       (error: unknown) => {
         this.#end();
@@ -124,8 +126,10 @@ export class Poller {
     return this.#command({ type: "park", lane });
   }
 
-  stop(): Promise<void> {
-    return this.#command({ type: "stop" });
+  /** Ends the thread's task. */
+  async stop(): Promise<void> {
+    await this.#command({ type: "stop" });
+    await this.#task;
   }
 
   /** Since the thread started: loop iterations that moved frames, those that did not, and times it went to sleep. */
@@ -138,6 +142,7 @@ export class Poller {
     command: { type: "run"; task: LaneTask } | { type: "park"; lane: number } | { type: "stop" },
   ): Promise<void> {
     const sequence = this.#sequence++;
+    if (this.#ended) return Promise.resolve();
     return new Promise((resolve) => {
       this.#pending.set(sequence, resolve);
       this.#port.postMessage({ ...command, sequence } satisfies Command);
@@ -153,6 +158,7 @@ export class Poller {
 
   /** The thread has ended: what was asked of it is moot. */
   #end(): void {
+    this.#ended = true;
     for (const sequence of this.#pending.keys()) this.#settle(sequence);
     this.#port.close();
     close(this.#wake);

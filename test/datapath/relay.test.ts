@@ -1,0 +1,209 @@
+/** The relay as a library, with real front-ends over real sockets: frames arrive whole, in order, once. */
+import { existsSync, mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { Relay, type LaneSnapshot, type RelayEvent, type RelayOptions } from "../../src/index.ts";
+import { Guest, type RegionPlan } from "../../src/driver/guest.ts";
+import { NetDriver, type NetDriverOptions } from "../../src/driver/net.ts";
+import { exchange, frame } from "./traffic.ts";
+
+const MIB = 1n << 20n;
+const GIB = 1n << 30n;
+const ORDINARY: RegionPlan[] = [{ gpa: 0n, sizeBytes: 64n * MIB }];
+
+let directory: string;
+let open: DisposableStack;
+let events: RelayEvent[];
+let relay: Relay;
+
+const path = (name: string): string => join(directory, `${name}.sock`);
+const port = (name: string, options = ""): string => `vhost-user:${path(name)}${options}`;
+
+async function start(options: RelayOptions): Promise<void> {
+  relay = await Relay.start({ ...options, onEvent: (event) => events.push(event) });
+}
+
+/** The lane that carries what this port sends. */
+function lane(from: string): LaneSnapshot {
+  return relay.state.links[0]!.lanes.find((candidate) => candidate.from.startsWith(port(from)))!;
+}
+
+async function connect(name: string, plan = ORDINARY, options: Partial<NetDriverOptions> = {}): Promise<NetDriver> {
+  const guest = open.use(new Guest(plan));
+  return open.use(await NetDriver.connect({ path: path(name), guest, ...options }));
+}
+
+beforeEach(() => {
+  directory = mkdtempSync(join(tmpdir(), "vhost-relay-test-"));
+  open = new DisposableStack();
+  events = [];
+});
+
+afterEach(async () => {
+  open.dispose();
+  await relay.close();
+  rmSync(directory, { recursive: true });
+  expect(events.filter(({ type }) => type === "fatal" || type === "trapped")).toEqual([]);
+});
+
+describe("two virtual machines", () => {
+  for (const mergeable of [true, false]) {
+    for (const eventIdx of [true, false]) {
+      for (const poll of ["adaptive", "busy", "interrupt"] as const) {
+        it(`exchange frames of 60 to 9014 bytes: mergeable ${mergeable}, event index ${eventIdx}, ${poll}`, async () => {
+          await start({ links: [[port("a"), port("b")]], poll });
+          const a = await connect("a", ORDINARY, { mergeable, eventIdx });
+          const b = await connect("b", ORDINARY, { mergeable: true, eventIdx: true });
+          await exchange(a, b, 700);
+          await exchange(b, a, 700);
+          const lanes = relay.state.links[0]!.lanes;
+          expect(lanes.map((lane) => lane.packets)).toEqual([700, 700]);
+          expect(lanes.flatMap((lane) => Object.values(lane.drops)).every((drops) => drops === 0)).toBe(true);
+        });
+      }
+    }
+  }
+
+  it("use every queue pair on its own", async () => {
+    await start({ links: [[port("a", ",queues=3"), port("b", ",queues=3")]], cpus: [0, 1] });
+    const a = await connect("a", ORDINARY, { queuePairs: 3 });
+    const b = await connect("b", ORDINARY, { queuePairs: 3 });
+    for (const pair of [2, 0, 1]) await exchange(a, b, 100, { pair, first: pair * 1000 });
+    expect(
+      relay.state.links[0]!.lanes.filter((lane) => lane.from === port("a", ",queues=3")).map((lane) => lane.packets),
+    ).toEqual([100, 100, 100]);
+  });
+
+  it("one of them dies and comes back: traffic resumes, the other notices a pause only", async () => {
+    await start({ links: [[port("a"), port("b")]] });
+    const a = await connect("a");
+    for (let life = 0; life < 3; life++) {
+      const b = await connect("b");
+      await exchange(a, b, 50);
+      await exchange(b, a, 50);
+      b[Symbol.dispose] = () => undefined; // the stack must not end it again
+      b.frontend[Symbol.dispose]();
+      await expect.poll(() => relay.state.links[0]!.ports[1]!.state).toBe("listening");
+      while (a.pairs[0]!.transmit(frame(0))); // into the void: must not fill the ring for good
+      a.pairs[0]!.flush();
+      await expect.poll(() => (a.pairs[0]!.flush(), a.pairs[0]!.transmitq.outstanding)).toBe(0);
+    }
+    expect(lane("a").drops.noReceiver).toBeGreaterThanOrEqual(3 * 256);
+  });
+});
+
+describe("memory of a guest", () => {
+  // The first extent of a region of 24 GiB ends 16 GiB in; the next begins 1 MiB before that.
+  for (const [what, into] of [
+    ["around the 16 GiB segment border", 16n * GIB - 0x1_8340n],
+    ["where the next segment's overlap begins", 15n * GIB + 1023n * MIB - 0x2_0000n],
+    ["in the last MiB", 24n * GIB - 8n * MIB],
+  ] as const) {
+    it(`24 GiB, rings and buffers ${what}`, async () => {
+      const plan = [{ gpa: 4n * GIB, sizeBytes: 24n * GIB }];
+      await start({ links: [[port("a"), port("b")]] });
+      const a = await connect("a", plan, { gpa: 4n * GIB + into });
+      const b = await connect("b", plan, { gpa: 4n * GIB + into, mergeable: false });
+      await exchange(a, b, 600);
+      await exchange(b, a, 600);
+    });
+  }
+
+  it("in many small regions, one after the other: buffers cross from one to the next", async () => {
+    const plan = Array.from({ length: 8 }, (_, i) => ({
+      gpa: BigInt(i) * MIB,
+      sizeBytes: MIB,
+      fileOffset: BigInt(7 - i) * MIB,
+    }));
+    await start({ links: [[port("a"), port("b")]] });
+    const a = await connect("a", plan, { ringSize: 128 });
+    const b = await connect("b", plan, { ringSize: 128 });
+    await exchange(a, b, 300);
+    await exchange(b, a, 300);
+  });
+});
+
+describe("a receiver without buffers", () => {
+  it("holds the sender up: nothing is lost", async () => {
+    await start({ links: [[port("a"), port("b")]], stallMs: 60_000 });
+    const a = await connect("a");
+    const b = await connect("b");
+    let sent = 0;
+    while (sent < 10_000 && a.pairs[0]!.transmit(frame(sent))) {
+      sent++;
+      a.pairs[0]!.flush();
+    }
+    await expect.poll(() => lane("a").waits).toBeGreaterThan(0);
+    let received = 0;
+    await expect
+      .poll(
+        () => {
+          b.pairs[0]!.receive(64, (bytes) => expect(Buffer.compare(bytes, frame(received++))).toBe(0));
+          return received;
+        },
+        { timeout: 20_000, interval: 1 },
+      )
+      .toBe(sent);
+  });
+
+  it("costs frames only after the stall limit, and gets them again once it has buffers", async () => {
+    await start({ links: [[port("a"), port("b")]], stallMs: 20 });
+    const a = await connect("a");
+    const b = await connect("b");
+    let sent = 0;
+    await expect
+      .poll(
+        () => {
+          while (a.pairs[0]!.transmit(frame(sent))) sent++;
+          a.pairs[0]!.flush();
+          return lane("a").drops.noBuffer;
+        },
+        { interval: 1 },
+      )
+      .toBeGreaterThan(1000);
+    await expect.poll(() => (a.pairs[0]!.flush(), a.pairs[0]!.transmitq.outstanding), { interval: 1 }).toBe(0);
+    while (b.pairs[0]!.receive(64, () => undefined) > 0);
+    await exchange(a, b, 100);
+  });
+});
+
+describe("passive ports", () => {
+  it("loopback returns a guest's own frames", async () => {
+    await start({ links: [[port("a"), "loopback"]] });
+    const a = await connect("a");
+    await exchange(a, a, 500);
+  });
+
+  it("null swallows them and counts them", async () => {
+    await start({ links: [["null", port("a")]] });
+    const a = await connect("a");
+    for (let k = 0; k < 100; k++) a.pairs[0]!.transmit(frame(k));
+    a.pairs[0]!.flush();
+    await expect.poll(() => relay.state.links[0]!.lanes[0]!.packets).toBe(100);
+  });
+});
+
+describe("pollers", () => {
+  it("sleep when there is nothing to do, and a kick wakes them", async () => {
+    await start({ links: [[port("a"), port("b")]] });
+    const a = await connect("a");
+    const b = await connect("b");
+    await exchange(a, b, 10);
+    await sleep(100);
+    const { busy, idle } = relay.state.pollers[0]!;
+    await sleep(300);
+    expect(relay.state.pollers[0]).toMatchObject({ busy, idle });
+    await exchange(a, b, 10, { first: 10 });
+    expect(lane("a").kicks).toBeGreaterThan(0);
+  });
+});
+
+it("closes with everything connected, and its sockets are gone", async () => {
+  await start({ links: [[port("a"), port("b")]] });
+  await connect("a");
+  await connect("b");
+  await relay.close();
+  expect([existsSync(path("a")), existsSync(path("b"))]).toEqual([false, false]);
+});
