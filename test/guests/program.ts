@@ -15,6 +15,9 @@ export interface Exit {
   readonly signal: NodeJS.Signals | null;
 }
 
+/** vitest ends an interrupted or timed-out test process without its clean-up: then the kernel sends SIGTERM. */
+const endWithParent = ["--pdeathsig", "TERM", "--"];
+
 /** Only there so that a hung program fails its test with its output instead of hanging the run. */
 const patienceMs = 120_000;
 
@@ -36,10 +39,8 @@ export class Program implements AsyncDisposable {
     command: readonly string[],
     options: { env?: Record<string, string>; channel?: boolean } = {},
   ) {
-    const [file, ...args] = command;
-    if (file === undefined) throw new RangeError(`${name}: no command given`);
     this.name = name;
-    this.#child = spawn(file, args, {
+    this.#child = spawn("setpriv", [...endWithParent, ...command], {
       detached: true,
       env: { ...process.env, ...options.env },
       stdio: options.channel ? ["pipe", "pipe", "pipe", "pipe"] : ["pipe", "pipe", "pipe"],
