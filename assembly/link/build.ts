@@ -4,41 +4,66 @@
  *   build/core/core-<n>.wasm    n segments an end: guests of up to n * 16 GiB
  *   build/core/core-hooked.wasm accessors left as imports: tests see every guest access
  *
- * Run by `npm run core`. asc cannot express more than one memory, hence the step through text.
+ * Run by `npm run core`; does nothing if its output is newer than all it is made from. asc cannot express more than one
+ * memory, hence the step through text.
  */
-import { readFileSync, writeFileSync } from "node:fs";
-import asc from "assemblyscript/asc";
-import binaryen from "binaryen";
+import { globSync, mkdirSync, readFileSync, renameSync, statSync, writeFileSync } from "node:fs";
 import { accessorFunctions, memoryImports } from "./accessors.ts";
 
 /** Segments per end of the variants we build. */
 const VARIANTS = [1, 2, 5];
 
-const FEATURES =
-  binaryen.Features.Atomics |
-  binaryen.Features.BulkMemory |
-  binaryen.Features.BulkMemoryOpt |
-  binaryen.Features.MultiMemory |
-  binaryen.Features.Memory64 |
-  binaryen.Features.MutableGlobals |
-  binaryen.Features.SIMD128 |
-  binaryen.Features.SignExt |
-  binaryen.Features.NontrappingFPToInt;
-
 const directory = "build/core";
+const SOURCES = ["assembly/**/*.ts", "src/layout/*.ts", "asconfig.json", "package-lock.json"];
 
-const { error, stderr } = await asc.main(["--config", "asconfig.json", "--target", "release"]);
-if (error) throw new Error(`asc: ${error.message}\n${stderr.toString()}`);
-const compiled = readFileSync(`${directory}/unlinked.wasm`);
-writeFileSync(`${directory}/core-hooked.wasm`, compiled);
+if (!isFresh()) await build();
 
-const unlinked = binaryen.readBinaryWithFeatures(compiled, FEATURES);
-const text = unlinked.emitText();
-unlinked.dispose();
-for (const segments of VARIANTS) writeFileSync(`${directory}/core-${segments}.wasm`, link(text, segments));
+async function build(): Promise<void> {
+  // Only now: loading the compilers takes longer than finding out that there is nothing to do.
+  const { default: asc } = await import("assemblyscript/asc");
+  const { default: binaryen } = await import("binaryen");
+  const { error, stderr } = await asc.main(["--config", "asconfig.json", "--target", "release"]);
+  if (error) throw new Error(`asc: ${error.message}\n${stderr.toString()}`);
+  const compiled = readFileSync(`${directory}/unlinked.wasm`);
+  const unlinked = binaryen.readBinaryWithFeatures(compiled, featuresOf(binaryen));
+  const text = unlinked.emitText();
+  unlinked.dispose();
+  for (const segments of VARIANTS) write(`core-${segments}`, link(binaryen, text, segments));
+  write("core-hooked", compiled);
+}
+
+/** Output by output, the last one last: it stands for all of them. */
+function isFresh(): boolean {
+  const built = statSync(`${directory}/core-hooked.wasm`, { throwIfNoEntry: false });
+  return built !== undefined && globSync(SOURCES).every((file) => statSync(file).mtimeMs < built.mtimeMs);
+}
+
+/** In one step: whoever loads the file at the same time gets the old or the new one. */
+function write(name: string, bytes: Uint8Array): void {
+  mkdirSync(directory, { recursive: true });
+  const temporary = `${directory}/.${name}.${process.pid}`;
+  writeFileSync(temporary, bytes);
+  renameSync(temporary, `${directory}/${name}.wasm`);
+}
+
+type Binaryen = typeof import("binaryen").default;
+
+function featuresOf({ Features }: Binaryen): number {
+  return (
+    Features.Atomics |
+    Features.BulkMemory |
+    Features.BulkMemoryOpt |
+    Features.MultiMemory |
+    Features.Memory64 |
+    Features.MutableGlobals |
+    Features.SIMD128 |
+    Features.SignExt |
+    Features.NontrappingFPToInt
+  );
+}
 
 /** Replaces the accessor imports by code over `segments` memories an end. */
-function link(text: string, segments: number): Uint8Array {
+function link(binaryen: Binaryen, text: string, segments: number): Uint8Array {
   const importLine = /^\s*\(import "guest" "(\w+)" \(func \$(\S+).*\)\)$/gm;
   const names = new Map([...text.matchAll(importLine)].map(([, accessor, name]) => [accessor, name]));
   const lines = text.replaceAll(importLine, "").split("\n");
@@ -52,7 +77,7 @@ function link(text: string, segments: number): Uint8Array {
   );
 
   const module = binaryen.parseText(lines.join("\n"));
-  module.setFeatures(FEATURES);
+  module.setFeatures(featuresOf(binaryen));
   binaryen.setOptimizeLevel(3);
   binaryen.setShrinkLevel(0);
   binaryen.setAlwaysInlineMaxSize(40);

@@ -5,21 +5,22 @@
  * memory64 of 16 GiB. It is created at full size before anything is mapped, never grows after (growing re-protects
  * mapped pages), and lives as long as its port: a collected memory would take the mappings with it.
  */
-import { fstatSync, statfsSync } from "node:fs";
+import { fstatSync } from "node:fs";
 import { F_SEAL_SHRINK, addSeals } from "../../native/memfd.ts";
 import { baseAddress, checkMappable, mapAnonymous, mapShared } from "../../native/mman.ts";
 import { ProtocolError, SystemError } from "../errors.ts";
 import { SEGMENTS_MAX, SEGMENT_PAGES } from "../layout/lane.ts";
 import { type Place, place, roundUp } from "./placement.ts";
 
-/** Filesystems whose pages never wait for a server or a disk (linux/magic.h): tmpfs (memfd is one) and hugetlbfs. */
-const MEMORY_FILESYSTEMS = new Set([0x0102_1994, 0x9584_58f6]);
-
-/** A piece of guest memory: [gpa, gpa + sizeBytes) is [mmapOffset, mmapOffset + sizeBytes) of the file `fd`. */
+/**
+ * A piece of guest memory: [gpa, gpa + sizeBytes) is [mmapOffset, mmapOffset + sizeBytes) of the file `fd`. The session
+ * has checked that the file is memory, that it is that long, and that regions do not overlap (src/vhost-user/memory-table.ts).
+ */
 export interface FileRegion {
   gpa: bigint;
   sizeBytes: bigint;
   mmapOffset: bigint;
+  /** Valid until setRegions returns. */
   fd: number;
 }
 
@@ -152,17 +153,7 @@ function extentsOf({ gpa, sizeBytes, lead, places }: MappedRegion): Extent[] {
   });
 }
 
-/** Checks that the fd is memory, and how large its pages are. */
-function inspect({ fd, gpa, sizeBytes, mmapOffset }: FileRegion): { file: string; pageBytes: bigint } {
-  const stat = fstatSync(fd, { bigint: true });
-  const what = `memory region at gpa 0x${gpa.toString(16)}`;
-  if (!stat.isFile() || !MEMORY_FILESYSTEMS.has(statfsSync(`/proc/self/fd/${fd}`).type)) {
-    throw new ProtocolError(
-      `${what}: its fd is not a memory file; share the VM's memory from memfd, /dev/shm or hugetlbfs (QEMU: memory-backend-memfd,share=on)`,
-    );
-  }
-  if (mmapOffset + sizeBytes > stat.size) {
-    throw new ProtocolError(`${what}: ends at ${mmapOffset + sizeBytes} of a file of ${stat.size} bytes`);
-  }
-  return { file: `${stat.dev}:${stat.ino}:${mmapOffset}`, pageBytes: stat.blksize };
+function inspect({ fd, mmapOffset }: FileRegion): { file: string; pageBytes: bigint } {
+  const { dev, ino, blksize } = fstatSync(fd, { bigint: true });
+  return { file: `${dev}:${ino}:${mmapOffset}`, pageBytes: blksize };
 }

@@ -1,0 +1,153 @@
+/** The command line as its users run it: a process of its own. */
+import { type ChildProcess, spawn } from "node:child_process";
+import { once } from "node:events";
+import { existsSync, mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { Guest } from "../../src/driver/guest.ts";
+import { NetDriver } from "../../src/driver/net.ts";
+import { exchange } from "../datapath/traffic.ts";
+
+let directory: string;
+const children: ChildProcess[] = [];
+
+beforeEach(() => {
+  directory = mkdtempSync(join(tmpdir(), "vhost-relay-test-"));
+});
+
+afterEach(() => {
+  for (const child of children.splice(0)) child.kill("SIGKILL");
+  rmSync(directory, { recursive: true });
+});
+
+interface Running {
+  child: ChildProcess;
+  output: { stdout: string; stderr: string };
+  exit: Promise<{ status: number | null; signal: string | null }>;
+}
+
+function start(file: string, ...args: string[]): Running {
+  const child = spawn(process.execPath, [file, ...args], { stdio: ["ignore", "pipe", "pipe"] });
+  children.push(child);
+  const output = { stdout: "", stderr: "" };
+  child.stdout?.setEncoding("utf8").on("data", (text: string) => (output.stdout += text));
+  child.stderr?.setEncoding("utf8").on("data", (text: string) => (output.stderr += text));
+  const exit = once(child, "close").then(([status, signal]) => ({ status, signal }));
+  return { child, output, exit };
+}
+
+const cli = (...args: string[]): Running => start("src/cli/main.ts", ...args);
+const socket = (name: string): string => join(directory, name);
+const present = (...names: string[]) =>
+  expect.poll(() => names.map((name) => existsSync(socket(name))), { timeout: 20_000 });
+
+describe("--print-capabilities", () => {
+  it("says what this is, whatever else is asked for", async () => {
+    const { output, exit } = cli("run", "--socket-path", "/nowhere", "--fd=3", "--print-capabilities");
+    expect(await exit).toMatchObject({ status: 0 });
+    expect(JSON.parse(output.stdout)).toEqual({ type: "net" });
+  });
+});
+
+describe("wrong usage exits with 2 and says what would be right", () => {
+  it.each([
+    [["run"], /nothing to serve/],
+    [["run", "--link", "vhost-user:/a"], /write two ports joined by "="/],
+    [["run", "--link", "loopback=null"], /neither end can send/],
+    [["run", "--link", "vhost-user:/a=tap:x"], /write two ports|unknown kind/],
+    [["run", "--link", "vhost-user:/a=vhost-user:/a"], /named twice/],
+    [["run", "--socket-path", "/a"], /belong together/],
+    [["run", "--poll", "never", "--link", "x=y"], /adaptive, busy, interrupt/],
+    [["run", "--cpus", "one"], /commas/],
+    [["run", "--stall-ms", "-1"], /milliseconds/],
+    [["fly"], /too many arguments|unknown command/],
+  ])("%j", async (args, message) => {
+    const { output, exit } = cli(...args);
+    expect(await exit).toMatchObject({ status: 2 });
+    expect(output.stderr).toMatch(message);
+  });
+});
+
+describe("run", () => {
+  it("serves two virtual machines, shows them, and leaves nothing behind on SIGTERM", async () => {
+    const link = `vhost-user:${socket("a.sock")},queues=2=vhost-user:${socket("b.sock")}`;
+    const { child, exit, output } = cli("run", "--link", link, "--control", socket("control"));
+    await present("a.sock", "b.sock", "control").toEqual([true, true, true]);
+    using guests = new DisposableStack();
+    const connect = async (path: string) =>
+      guests.use(await NetDriver.connect({ path, guest: guests.use(new Guest([{ gpa: 0n, sizeBytes: 64n << 20n }])) }));
+    const a = await connect(socket("a.sock"));
+    const b = await connect(socket("b.sock"));
+    await exchange(a, b, 100);
+
+    const json = cli("show", "-j", "--control", socket("control"));
+    expect(await json.exit).toMatchObject({ status: 0 });
+    const [relay] = JSON.parse(json.output.stdout);
+    expect(relay.state.links[0].ports.map(({ state }: { state: string }) => state)).toEqual(["running", "running"]);
+    expect(relay.state.links[0].lanes.map(({ packets }: { packets: number }) => packets).toSorted()).toEqual([0, 100]);
+    const table = cli("show", "--control", socket("control"));
+    await table.exit;
+    expect(table.output.stdout).toMatch(/link0\/a0 +100/);
+
+    child.kill("SIGTERM");
+    expect(await exit).toEqual({ status: 0, signal: null });
+    await present("a.sock", "b.sock", "control").toEqual([false, false, false]);
+    expect(output.stderr).toMatch(/front-end connected/);
+  });
+
+  it("--socket-path with --backend is one link", async () => {
+    const { child, exit } = cli("--socket-path", socket("vm"), "--backend", "loopback", "--control", socket("control"));
+    await present("vm").toEqual([true]);
+    using guest = new Guest([{ gpa: 0n, sizeBytes: 64n << 20n }]);
+    using vm = await NetDriver.connect({ path: socket("vm"), guest });
+    await exchange(vm, vm, 20);
+    child.kill("SIGINT");
+    expect(await exit).toEqual({ status: 0, signal: null });
+  });
+
+  it("fails early when a socket is served already", async () => {
+    const first = cli("run", "--link", `vhost-user:${socket("a")}=null`, "--control", socket("control1"));
+    await present("a").toEqual([true]);
+    const second = cli("run", "--link", `vhost-user:${socket("a")}=null`, "--control", socket("control2"));
+    expect((await second.exit).status).toBeGreaterThan(0);
+    expect(second.output.stderr).toMatch(/already/);
+    first.child.kill();
+    await first.exit;
+  });
+
+  it("show says so when no relay answers", async () => {
+    const { output, exit } = cli("show", "--control", socket("nobody"));
+    expect(await exit).toMatchObject({ status: 1 });
+    expect(output.stderr).toMatch(/no relay answers on .*nobody.*ENOENT/);
+  });
+});
+
+describe("demo", () => {
+  it("exchanges frames and verifies them; Ctrl-C ends it cleanly", async () => {
+    const { child, output, exit } = cli("demo", "--forever");
+    await expect.poll(() => output.stdout, { timeout: 20_000 }).toMatch(/[1-9][\d,]* verified/);
+    child.kill("SIGINT");
+    expect(await exit).toEqual({ status: 0, signal: null });
+    expect(output.stdout).toMatch(/a -> b: ([\d,]+) frames sent, \1 received and verified/);
+  });
+});
+
+describe("examples", () => {
+  it("two-vms.ts joins two virtual machines", async () => {
+    const { child, exit, output } = start("examples/two-vms.ts", socket("a"), socket("b"));
+    await present("a", "b").toEqual([true, true]);
+    using guests = new DisposableStack();
+    const [a, b] = await Promise.all(
+      ["a", "b"].map((name) =>
+        NetDriver.connect({ path: socket(name), guest: guests.use(new Guest([{ gpa: 0n, sizeBytes: 64n << 20n }])) }),
+      ),
+    );
+    guests.use(a!);
+    guests.use(b!);
+    await exchange(a!, b!, 50);
+    await expect.poll(() => output.stdout, { timeout: 20_000 }).toMatch(/50 packets/);
+    child.kill("SIGINT");
+    expect(await exit).toEqual({ status: 0, signal: null });
+  });
+});
