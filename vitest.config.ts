@@ -5,5 +5,9 @@ export default defineConfig({
   test: {
     include: ["test/**/*.test.ts"],
     exclude: [...configDefaults.exclude, "test/guests/**"],
+    // Processes of their own: tests count the fds and mappings of theirs.
+    pool: "forks",
+    testTimeout: 30_000,
+    hookTimeout: 30_000,
   },
 });

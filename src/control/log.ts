@@ -12,6 +12,8 @@ export class EventLog {
 
   constructor(stream: NodeJS.WritableStream) {
     this.#stream = stream;
+    // Whoever read the log is gone: the virtual machines are not.
+    stream.on("error", () => undefined);
   }
 
   write(event: RelayEvent): void {

@@ -25,6 +25,7 @@ import {
   CONTROL_COMMANDS,
   CONTROL_IDLE,
   CONTROL_SLEEPS,
+  CONTROL_STOP,
   type Command,
   type LaneTask,
   type PollerMessage,
@@ -61,7 +62,6 @@ class PollerThread {
   readonly #kickOwners = new Map<number, RunningLane>();
   #lanes: RunningLane[] = [];
   #handled = 0n;
-  #stopping = false;
 
   constructor(task: PollerTask) {
     this.#task = task;
@@ -73,12 +73,11 @@ class PollerThread {
   run(): void {
     const { control, mode } = this.#task;
     let idleSince = 0;
-    while (!this.#stopping) {
+    while (Atomics.load(control, CONTROL_STOP) === 0n) {
       let moved = 0;
       for (const lane of this.#lanes) moved += this.#turn(lane);
       if (Atomics.load(control, CONTROL_COMMANDS) !== this.#handled) {
         this.#handleCommands();
-        continue;
       }
       if (moved !== 0) {
         idleSince = 0;
@@ -159,8 +158,7 @@ class PollerThread {
     for (let received; (received = receiveMessageOnPort(this.#task.port));) {
       const command = received.message as Command;
       if (command.type === "run") this.#run(command.task);
-      else if (command.type === "park") this.#park(command.lane);
-      else this.#stopping = true;
+      else this.#park(command.lane);
       this.#post({ type: "done", sequence: command.sequence });
     }
   }

@@ -40,11 +40,7 @@ export interface VringFds {
   err: number | undefined;
 }
 
-export type Command = { sequence: number } & (
-  | { type: "run"; task: LaneTask }
-  | { type: "park"; lane: number }
-  | { type: "stop" }
-);
+export type Command = { sequence: number } & ({ type: "run"; task: LaneTask } | { type: "park"; lane: number });
 
 export type PollerMessage =
   | { type: "done"; sequence: number }
@@ -53,12 +49,16 @@ export type PollerMessage =
   /** The lane's code trapped: our bug. It is parked for good. */
   | { type: "trapped"; lane: number; reason: string };
 
-/** Words shared with the thread: commands posted; then iterations that moved frames, those that did not, and sleeps. */
+/**
+ * Words shared with the thread: commands posted, nonzero to end; then iterations that moved frames, those that did
+ * not, and sleeps.
+ */
 export const CONTROL_COMMANDS = 0;
-export const CONTROL_BUSY = 1;
-export const CONTROL_IDLE = 2;
-export const CONTROL_SLEEPS = 3;
-export const CONTROL_WORDS = 4;
+export const CONTROL_STOP = 1;
+export const CONTROL_BUSY = 2;
+export const CONTROL_IDLE = 3;
+export const CONTROL_SLEEPS = 4;
+export const CONTROL_WORDS = 5;
 
 /** What is handed to the thread's task. */
 export interface PollerTask {
@@ -126,10 +126,13 @@ export class Poller {
     return this.#command({ type: "park", lane });
   }
 
-  /** Ends the thread's task. */
-  async stop(): Promise<void> {
-    await this.#command({ type: "stop" });
-    await this.#task;
+  /** Ends the thread's task. All that must be done at once is done when this returns; it settles when the task has ended. */
+  stop(): Promise<void> {
+    if (!this.#ended) {
+      Atomics.store(this.#control, CONTROL_STOP, 1n);
+      signal(this.#wake);
+    }
+    return this.#task;
   }
 
   /** Since the thread started: loop iterations that moved frames, those that did not, and times it went to sleep. */
@@ -138,9 +141,7 @@ export class Poller {
     return { busy: read(CONTROL_BUSY), idle: read(CONTROL_IDLE), sleeps: read(CONTROL_SLEEPS) };
   }
 
-  #command(
-    command: { type: "run"; task: LaneTask } | { type: "park"; lane: number } | { type: "stop" },
-  ): Promise<void> {
+  #command(command: { type: "run"; task: LaneTask } | { type: "park"; lane: number }): Promise<void> {
     const sequence = this.#sequence++;
     if (this.#ended) return Promise.resolve();
     return new Promise((resolve) => {
@@ -169,6 +170,8 @@ export class Pollers {
   readonly all: readonly Poller[];
   readonly #pool: Piscina;
   #next = 0;
+  /** A process waits for its threads to end, however it ends: a sleeping one would keep it for ever. */
+  readonly #atExit = (): void => this.all.forEach((poller) => void poller.stop());
 
   /** @param onFailure a thread died: nothing it ran will move again */
   constructor(
@@ -189,6 +192,7 @@ export class Pollers {
       { length: threads },
       (_, i) => new Poller(this.#pool, `relay-poll-${i}`, options.cpus[i], options, onMessage, onFailure),
     );
+    process.on("exit", this.#atExit);
   }
 
   /** The poller for the next lane: they take turns. */
@@ -198,6 +202,7 @@ export class Pollers {
 
   async close(): Promise<void> {
     await Promise.all(this.all.map((poller) => poller.stop()));
+    process.off("exit", this.#atExit);
     await this.#pool.close();
   }
 }

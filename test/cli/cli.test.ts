@@ -116,6 +116,29 @@ describe("run", () => {
     await first.exit;
   });
 
+  it("outlives the reader of its log", async () => {
+    const { child, exit } = cli("run", "--link", `vhost-user:${socket("a")}=null`, "--control", socket("control"));
+    await present("a").toEqual([true]);
+    child.stderr?.destroy();
+    for (let i = 0; i < 3; i++) {
+      using guest = new Guest([{ gpa: 0n, sizeBytes: 64n << 20n }]);
+      using _driver = await NetDriver.connect({ path: socket("a"), guest });
+    }
+    child.kill("SIGTERM");
+    expect(await exit).toEqual({ status: 0, signal: null });
+  });
+
+  it("ends when its code throws, though pollers sleep", async () => {
+    const program = `
+      import { Relay } from "./src/index.ts";
+      await Relay.start({ links: [["vhost-user:${socket("a")}", "null"]] });
+      throw new Error("of the program around the relay");`;
+    const child = spawn(process.execPath, ["--input-type=module-typescript", "-e", program], { stdio: "ignore" });
+    children.push(child);
+    const [status] = await once(child, "close");
+    expect(status).toBe(1);
+  });
+
   it("show says so when no relay answers", async () => {
     const { output, exit } = cli("show", "--control", socket("nobody"));
     expect(await exit).toMatchObject({ status: 1 });
