@@ -24,7 +24,7 @@ function read(bytes: Buffer, step: number, fds: number[] = [], fdsAt = 0): Messa
 const first = codec.encodeMessage(8, L.VHOST_USER_NEED_REPLY, codec.encodeVringState({ index: 1, num: 256 }));
 const second = codec.encodeMessage(1, 0, Buffer.alloc(0));
 
-describe("1.2: the header", () => {
+describe("PROTOCOL, 1.2: the header", () => {
   it("is request, flags with version 1, payload size: 12 bytes, no padding", () => {
     expect([...first.subarray(0, 12)]).toEqual([8, 0, 0, 0, 9, 0, 0, 0, 8, 0, 0, 0]);
     expect(first.length).toBe(20);
@@ -51,7 +51,7 @@ describe("1.2: the header", () => {
   );
 });
 
-describe("1.1: the stream", () => {
+describe("PROTOCOL, 1.1: the stream", () => {
   it.each([1, 5, 12, 4096])("BI-002, BI-006: two messages in pieces of %i bytes come out whole", (step) => {
     const messages = read(Buffer.concat([first, second]), step);
     expect(messages.map(({ request, payload }) => [request, payload.length])).toEqual([
@@ -91,7 +91,7 @@ describe("1.1: the stream", () => {
   });
 });
 
-describe("3: payload layouts", () => {
+describe("PROTOCOL, 3: payload layouts", () => {
   it("vring state: u32 index, u32 num", () => {
     expect(codec.encodeVringState({ index: 1, num: 0x0203 }).toString("hex")).toBe("0100000003020000");
   });

@@ -24,13 +24,13 @@ import {
 const NOTHING = Buffer.alloc(0);
 
 describe("features", () => {
-  it("1.3: GET_FEATURES offers the device's features and bit 30", async () => {
+  it("PROTOCOL, 1.3: GET_FEATURES offers the device's features and bit 30", async () => {
     await using rig = new Rig();
     rig.serve();
     expect(await rig.connect().getFeatures()).toBe(VERSION_1 | EVENT_IDX | BIT_30);
   });
 
-  it("1.3, BI-042: protocol features are negotiated before SET_FEATURES", async () => {
+  it("PROTOCOL, 1.3, BI-042: protocol features are negotiated before SET_FEATURES", async () => {
     await using rig = new Rig();
     rig.serve();
     const frontend = rig.connect();
@@ -39,35 +39,35 @@ describe("features", () => {
     expect(await frontend.getQueueNum()).toBe(2);
   });
 
-  it("13.6: a front-end that skips the GETs is served", async () => {
+  it("PROTOCOL, 13.6: a front-end that skips the GETs is served", async () => {
     const { rig, frontend } = await ready();
     await using _ = rig;
     await frontend.setVringKick(0, rig.eventfd());
     expect(rig.device.takeNames()).toEqual(["startVring"]);
   });
 
-  it("4: SET_FEATURES gives the device what the driver acknowledged, without bit 30", async () => {
+  it("PROTOCOL, 4: SET_FEATURES gives the device what the driver acknowledged, without bit 30", async () => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
     await barrier(frontend);
     expect(rig.device.calls).toEqual([{ name: "setFeatures", features: VERSION_1 }]);
   });
 
-  it("4.1, BI-037: SET_FEATURES with a bit not offered is refused, the device is not asked", async () => {
+  it("PROTOCOL, 4.1, BI-037: SET_FEATURES with a bit not offered is refused, the device is not asked", async () => {
     const { rig, frontend } = await ready();
     await using _ = rig;
     expect(await ackOf(frontend, L.VHOST_USER_SET_FEATURES, encodeU64(VERSION_1 | (1n << 34n)))).not.toBe(0n);
     expect(rig.device.takeNames()).toEqual([]);
   });
 
-  it("4.1, BI-041: SET_PROTOCOL_FEATURES with a bit not offered is refused, what was negotiated stays", async () => {
+  it("PROTOCOL, 4.1, BI-041: SET_PROTOCOL_FEATURES with a bit not offered is refused, what was negotiated stays", async () => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
     expect(await ackOf(frontend, L.VHOST_USER_SET_PROTOCOL_FEATURES, encodeU64(1n << 9n))).not.toBe(0n);
     expect(await frontend.getQueueNum()).toBe(2);
   });
 
-  it("2, BI-043: INBAND_NOTIFICATIONS without REPLY_ACK and BACKEND_REQ closes the connection", async () => {
+  it("PROTOCOL, 2, BI-043: INBAND_NOTIFICATIONS without REPLY_ACK and BACKEND_REQ closes the connection", async () => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
     const features = REPLY_ACK | (1n << BigInt(L.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS));
@@ -77,7 +77,7 @@ describe("features", () => {
     await expectDropped(frontend);
   });
 
-  it("5, BI-039: features do not change while a ring is started, the same ones may be sent again", async () => {
+  it("PROTOCOL, 5, BI-039: features do not change while a ring is started, the same ones may be sent again", async () => {
     const { rig, frontend } = await started();
     await using _ = rig;
     await frontend.setFeatures(VERSION_1 | BIT_30);
@@ -96,7 +96,7 @@ describe("features", () => {
   });
 });
 
-describe("4: REPLY_ACK", () => {
+describe("PROTOCOL, 4: REPLY_ACK", () => {
   it("an acknowledged request is answered 0 with flags exactly 0x5", async () => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
@@ -161,7 +161,7 @@ describe("4: REPLY_ACK", () => {
 });
 
 describe("gates", () => {
-  it("4.1: GET_QUEUE_NUM without MQ has no reply that says no: the connection is closed", async () => {
+  it("PROTOCOL, 4.1: GET_QUEUE_NUM without MQ has no reply that says no: the connection is closed", async () => {
     const { rig, frontend } = await negotiated(REPLY_ACK);
     await using _ = rig;
     await frontend.send(encodeMessage(L.VHOST_USER_GET_QUEUE_NUM, 0, NOTHING));
@@ -169,7 +169,7 @@ describe("gates", () => {
     expect(rig.refusals).toEqual(["GET_QUEUE_NUM"]);
   });
 
-  it("4: SET_BACKEND_REQ_FD takes one socket and replaces the one before", async () => {
+  it("PROTOCOL, 4: SET_BACKEND_REQ_FD takes one socket and replaces the one before", async () => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
     const [a, b] = socketpair().map((fd) => rig.own(fd));
@@ -178,7 +178,7 @@ describe("gates", () => {
     expect(rig.refusals).toEqual([]);
   });
 
-  it("4.1: SET_BACKEND_REQ_FD without BACKEND_REQ, without an fd, or with another kind of fd is refused", async () => {
+  it("PROTOCOL, 4.1: SET_BACKEND_REQ_FD without BACKEND_REQ, without an fd, or with another kind of fd is refused", async () => {
     const { rig, frontend } = await negotiated(REPLY_ACK);
     await using _ = rig;
     const [a, b] = socketpair();

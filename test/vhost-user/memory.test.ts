@@ -28,7 +28,7 @@ import {
 const SIZE = BigInt(MEMORY_SIZE);
 
 describe("SET_MEM_TABLE", () => {
-  it("4: the whole table reaches the device, with the fds in the order of the regions", async () => {
+  it("PROTOCOL, 4: the whole table reaches the device, with the fds in the order of the regions", async () => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
     const seen: string[] = [];
@@ -50,7 +50,7 @@ describe("SET_MEM_TABLE", () => {
     });
   });
 
-  it("4.1, BI-057, BI-058: fd count of SET_MEM_TABLE equals the region count", async () => {
+  it("PROTOCOL, 4.1, BI-057, BI-058: fd count of SET_MEM_TABLE equals the region count", async () => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
     const payload = encodeMemTable([rig.region()]);
@@ -59,15 +59,18 @@ describe("SET_MEM_TABLE", () => {
     expect(rig.device.takeNames()).toEqual(["setFeatures"]);
   });
 
-  it.each([0, 9, 33, 0xffffffff])("4.1, BI-056: a table that says it has %i regions is refused", async (count) => {
-    const { rig, frontend } = await negotiated();
-    await using _ = rig;
-    const payload = Buffer.alloc(8 + 32 * 9);
-    payload.writeUInt32LE(count);
-    expect(await ackOf(frontend, L.VHOST_USER_SET_MEM_TABLE, payload, [rig.memfd()])).not.toBe(0n);
-  });
+  it.each([0, 9, 33, 0xffffffff])(
+    "PROTOCOL, 4.1, BI-056: a table that says it has %i regions is refused",
+    async (count) => {
+      const { rig, frontend } = await negotiated();
+      await using _ = rig;
+      const payload = Buffer.alloc(8 + 32 * 9);
+      payload.writeUInt32LE(count);
+      expect(await ackOf(frontend, L.VHOST_USER_SET_MEM_TABLE, payload, [rig.memfd()])).not.toBe(0n);
+    },
+  );
 
-  it.each([7, 8, 39, 41, 71])("4.1, BI-059: a table of one region in %i bytes is refused", async (size) => {
+  it.each([7, 8, 39, 41, 71])("PROTOCOL, 4.1, BI-059: a table of one region in %i bytes is refused", async (size) => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
     const payload = Buffer.alloc(size);
@@ -85,7 +88,7 @@ describe("SET_MEM_TABLE", () => {
   });
 
   it.each([
-    ["4.1: size 0", { sizeBytes: 0n }],
+    ["PROTOCOL, 4.1: size 0", { sizeBytes: 0n }],
     ["BI-061: gpa + size wraps", { gpa: (1n << 64n) - SIZE + 1n }],
     ["BI-062: user address + size wraps", { userAddress: (1n << 64n) - 0x1000n }],
     ["BI-063: mmap offset + size wraps", { mmapOffset: (1n << 64n) - 0x1000n }],
@@ -102,7 +105,7 @@ describe("SET_MEM_TABLE", () => {
     ["in gpa, wholly", { gpa: GPA, userAddress: 0n }],
     ["in gpa, by one byte", { gpa: GPA + SIZE - 1n, userAddress: 0n }],
     ["in user addresses, by one byte", { gpa: 0n, userAddress: USER_ADDRESS - SIZE + 1n }],
-  ])("4.1, BI-066, BI-067: regions that overlap %s are refused", async (_name, change) => {
+  ])("PROTOCOL, 4.1, BI-066, BI-067: regions that overlap %s are refused", async (_name, change) => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
     await expect(frontend.setMemTable([rig.region(), { ...rig.region(), ...change }])).rejects.toThrow(/refused/);
@@ -167,7 +170,7 @@ describe("SET_MEM_TABLE", () => {
     expect(rig.device.lastVring).toMatchObject(GPA_AREAS);
   });
 
-  it("4.1: refused without REPLY_ACK, the connection is closed, for the rings would lie in another memory", async () => {
+  it("PROTOCOL, 4.1: refused without REPLY_ACK, the connection is closed, for the rings would lie in another memory", async () => {
     const { rig, frontend } = await negotiated(0n);
     await using _ = rig;
     await frontend.setMemTable([{ ...rig.region(), sizeBytes: 0n }]);
@@ -176,7 +179,7 @@ describe("SET_MEM_TABLE", () => {
   });
 });
 
-describe("5: a memory table change while rings run", () => {
+describe("PROTOCOL, 5: a memory table change while rings run", () => {
   it("BI-083: the running rings reach the device translated anew, in the same call", async () => {
     const { rig, frontend } = await started();
     await using _ = rig;
@@ -228,7 +231,7 @@ describe("5: a memory table change while rings run", () => {
   });
 });
 
-describe("4.1: each ring area lies fully inside one region", () => {
+describe("PROTOCOL, 4.1: each ring area lies fully inside one region", () => {
   const used = { desc: USER_ADDRESS, avail: USER_ADDRESS + 0x1000n };
 
   it("BI-109: a ring may end exactly at the region's end, not one entry later", async () => {
@@ -241,7 +244,7 @@ describe("4.1: each ring area lies fully inside one region", () => {
     );
   });
 
-  it("16: with EVENT_IDX the avail and used areas are 2 bytes longer", async () => {
+  it("PROTOCOL, 16: with EVENT_IDX the avail and used areas are 2 bytes longer", async () => {
     const { rig, frontend } = await ready();
     await using _ = rig;
     const last = USER_ADDRESS + SIZE;
@@ -296,7 +299,7 @@ describe("4.1: each ring area lies fully inside one region", () => {
     await expect(frontend.setVringAddr(0, { ...AREAS, desc: USER_ADDRESS + half - 16n })).rejects.toThrow(/refused/);
   });
 
-  it("3: SET_VRING_ADDR carries used before avail, in user addresses; the device gets guest physical ones", async () => {
+  it("PROTOCOL, 3: SET_VRING_ADDR carries used before avail, in user addresses; the device gets guest physical ones", async () => {
     const { rig, frontend } = await started();
     await using _ = rig;
     await barrier(frontend);

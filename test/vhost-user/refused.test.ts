@@ -24,7 +24,7 @@ async function expectInStep(frontend: Frontend): Promise<void> {
   expect(await frontend.getFeatures()).toBe(VERSION_1 | EVENT_IDX | BIT_30);
 }
 
-describe("4.1: requests that are not offered", () => {
+describe("PROTOCOL, 4.1: requests that are not offered", () => {
   it("are, with those that are, all 45 of the protocol", () => {
     expect([...requests.keys()].toSorted((a, b) => a - b)).toEqual(Array.from({ length: 45 }, (_, index) => index + 1));
   });
@@ -94,7 +94,7 @@ describe("4.1: requests that are not offered", () => {
   });
 });
 
-describe("4: unknown requests", () => {
+describe("PROTOCOL, 4: unknown requests", () => {
   it.each([0, 46, 1000, 0xffffffff])(
     "BI-012: id %i: a non-zero ack, or nothing; payload skipped, fds closed",
     async (id) => {
@@ -107,7 +107,7 @@ describe("4: unknown requests", () => {
   );
 });
 
-describe("4.1: payload sizes", () => {
+describe("PROTOCOL, 4.1: payload sizes", () => {
   const sized = [...requests].filter(([, { handle, payloadSize }]) => handle && payloadSize !== undefined);
 
   it.each(sized.filter(([, { refusal }]) => refusal !== "drop"))(
@@ -137,7 +137,7 @@ describe("4.1: payload sizes", () => {
   );
 });
 
-describe("4.1: fds of requests that take none", () => {
+describe("PROTOCOL, 4.1: fds of requests that take none", () => {
   it("BI-018: 253 fds with GET_FEATURES are closed, the request is answered", async () => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;

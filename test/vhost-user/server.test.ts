@@ -313,7 +313,7 @@ describe("the front-end", () => {
     expect(answers.slice(0, 3)).toEqual([2, undefined, 0]);
   });
 
-  it("13.4: refuses a reply whose flags are not exactly 0x5", async () => {
+  it("PROTOCOL, 13.4: refuses a reply whose flags are not exactly 0x5", async () => {
     await using rig = new Rig();
     const listener = rig.own(listen(rig.path));
     const frontend = rig.connect();

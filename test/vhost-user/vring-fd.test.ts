@@ -11,7 +11,7 @@ const O_PATH = 0o10000000;
 const O_NONBLOCK = 0o4000;
 const KICK_CALL_ERR = [L.VHOST_USER_SET_VRING_KICK, L.VHOST_USER_SET_VRING_CALL, L.VHOST_USER_SET_VRING_ERR] as const;
 
-describe("4.1: the u64 and fds of SET_VRING_KICK, CALL and ERR", () => {
+describe("PROTOCOL, 4.1: the u64 and fds of SET_VRING_KICK, CALL and ERR", () => {
   it.each(KICK_CALL_ERR)("BI-098: request %i takes 1 fd, or none with the no-fd bit", async (id) => {
     const { rig, frontend } = await ready();
     await using _ = rig;

@@ -24,7 +24,7 @@ import {
 
 const BAD_INDEXES = [4, 0xff, 0xffff, 0x10000, 0x10001, 0x80000000];
 
-describe("5: start and stop", () => {
+describe("PROTOCOL, 5: start and stop", () => {
   it("a ring is initially stopped and disabled; SET_VRING_KICK starts it, no kick is waited for", async () => {
     const { rig, frontend } = await ready();
     await using _ = rig;
@@ -179,7 +179,7 @@ describe("5: start and stop", () => {
   });
 });
 
-describe("5: enable", () => {
+describe("PROTOCOL, 5: enable", () => {
   it("BI-123: ENABLE before configuration is accepted and counts when the ring starts", async () => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
@@ -220,7 +220,7 @@ describe("5: enable", () => {
     expect(rig.device.lastVring.enabled).toBe(false);
   });
 
-  it("4: SET_FEATURES without bit 30 enables all rings, and SET_VRING_ENABLE is refused after it", async () => {
+  it("PROTOCOL, 4: SET_FEATURES without bit 30 enables all rings, and SET_VRING_ENABLE is refused after it", async () => {
     const { rig, frontend } = await ready();
     await using _ = rig;
     await frontend.setFeatures(VERSION_1);
@@ -250,7 +250,7 @@ describe("5: enable", () => {
   });
 });
 
-describe("5: while a ring is started", () => {
+describe("PROTOCOL, 5: while a ring is started", () => {
   it("BI-117, BI-121: its size, base and addresses do not change", async () => {
     const { rig, frontend } = await started();
     await using _ = rig;
@@ -283,7 +283,7 @@ describe("5: while a ring is started", () => {
     },
   );
 
-  it("13.12, BI-126: SET_VRING_CALL without an fd means that the driver polls", async () => {
+  it("PROTOCOL, 13.12, BI-126: SET_VRING_CALL without an fd means that the driver polls", async () => {
     const { rig, frontend } = await started();
     await using _ = rig;
     await frontend.setVringCall(0, rig.eventfd());
@@ -307,7 +307,7 @@ describe("5: while a ring is started", () => {
   });
 });
 
-describe("4.1: numbers", () => {
+describe("PROTOCOL, 4.1: numbers", () => {
   it.each([0, 3, 255, 1000, 32769, 65536, 0x10100, 0xffffffff])(
     "BI-101, BI-102: ring size %i is refused",
     async (num) => {
@@ -374,7 +374,7 @@ describe("4.1: numbers", () => {
     expect(rig.device.takeNames()).toEqual(["startVring"]);
   });
 
-  it("4: GET_VRING_BASE echoes the index beside the base", async () => {
+  it("PROTOCOL, 4: GET_VRING_BASE echoes the index beside the base", async () => {
     const { rig, frontend } = await ready(2, ALL_PROTOCOL_FEATURES);
     await using _ = rig;
     await frontend.setVringBase(2, 3);
@@ -383,7 +383,7 @@ describe("4.1: numbers", () => {
     await barrier(frontend);
   });
 
-  it("4: a GET_VRING_BASE the device cannot answer has no reply that says no: the connection is closed", async () => {
+  it("PROTOCOL, 4: a GET_VRING_BASE the device cannot answer has no reply that says no: the connection is closed", async () => {
     const { rig, frontend } = await started();
     await using _ = rig;
     rig.device.before = ({ name }) => {
