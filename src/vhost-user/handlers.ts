@@ -1,7 +1,7 @@
 /**
  * What each offered request does: reads its payload, checks what concerns it, changes the session's state.
  *
- * Truth: QEMU docs/interop/vhost-user.rst, "Front-end message types"; protocol-reference, sections 4, 4.1 and 5.
+ * Truth: QEMU docs/interop/vhost-user.rst, "Front-end message types"; docs/PROTOCOL.md, 4, 4.1 and 5.
  * A handler returns the reply's payload if the request has a reply of its own, and throws a RelayError, having changed
  * nothing, to refuse. It takes the fds it keeps out of the message.
  */

@@ -1,7 +1,7 @@
 /**
  * The memory table of a session: checks of a SET_MEM_TABLE, and translation of user addresses to guest physical ones.
  *
- * Truth: QEMU docs/interop/vhost-user.rst, "Memory region description"; protocol-reference, 4.1 and 7.
+ * Truth: QEMU docs/interop/vhost-user.rst, "Memory region description"; docs/PROTOCOL.md, 4.1 and 7.
  * Immutable. Holds no fds: the device maps the regions while the message that brought them is handled.
  */
 import { fstatSync } from "node:fs";

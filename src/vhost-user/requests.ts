@@ -1,7 +1,7 @@
 /**
  * Every front-end request: its payload size, what becomes of a refusal, its handler, its gate.
  *
- * Truth: QEMU docs/interop/vhost-user.rst, "Front-end message types"; protocol-reference, sections 4 and 4.1.
+ * Truth: QEMU docs/interop/vhost-user.rst, "Front-end message types"; docs/PROTOCOL.md, 4 and 4.1.
  *
  * A refused request changes nothing and its fds are closed. What the front-end learns of it:
  *

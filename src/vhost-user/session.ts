@@ -2,7 +2,7 @@
  * A vhost-user session, back-end side: takes the messages of one connection one after the other, drives the device,
  * and says what to answer.
  *
- * Truth: QEMU docs/interop/vhost-user.rst; protocol-reference, sections 4 (REPLY_ACK rules) and 4.1. Knows nothing of
+ * Truth: QEMU docs/interop/vhost-user.rst; docs/PROTOCOL.md, 4 (REPLY_ACK rules) and 4.1. Knows nothing of
  * sockets. The rules of each request are in requests.ts, what it does is in handlers.ts, the ring state machine is in
  * state.ts.
  */

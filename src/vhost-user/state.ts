@@ -1,7 +1,7 @@
 /**
  * The state of one session, and the ring state machine that joins it to the device.
  *
- * Truth: protocol-reference, section 5. Every method completes on the device before the state says so; when the device
+ * Truth: docs/PROTOCOL.md, 5. Every method completes on the device before the state says so; when the device
  * refuses, the state is what it was.
  */
 import { close } from "../../native/libc.ts";

@@ -1,7 +1,7 @@
 /**
  * What a session knows of one virtqueue, and the layout rules of its three areas.
  *
- * Truth: virtio 1.3, 2.7 (areas and alignment); protocol-reference, sections 4.1, 5 and 16.
+ * Truth: virtio 1.3, 2.7 (areas and alignment); docs/PROTOCOL.md, 4.1, 5 and 16.
  *
  * "Started" in the protocol's sense is `kicked`: SET_VRING_KICK came and no GET_VRING_BASE since. The device runs
  * the ring (`running`) once its size and addresses are known too and one region of guest memory holds each area.
