@@ -211,7 +211,7 @@ describe("a lane and the reference agree on every step", () => {
           drive(rig, transmitq!, receiveq!, operations);
         },
       ),
-      { numRuns: runs(400) },
+      { numRuns: runs(200) },
     );
   });
 
@@ -233,7 +233,7 @@ describe("a lane and the reference agree on every step", () => {
           drive(rig, transmitq, new ChainDriver(ram, ring, new Bump(ram, middle)), operations);
         },
       ),
-      { numRuns: runs(100) },
+      { numRuns: runs(50) },
     );
   });
 });

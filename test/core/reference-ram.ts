@@ -22,20 +22,8 @@ export class ReferenceRam {
     return views;
   }
 
-  has(gpa: bigint, length: number): boolean {
-    return this.views(gpa, length) !== undefined;
-  }
-
   u16(gpa: bigint): number {
-    return Number(this.#load(gpa, 2));
-  }
-
-  u32(gpa: bigint): number {
-    return Number(this.#load(gpa, 4));
-  }
-
-  u64(gpa: bigint): bigint {
-    return this.#load(gpa, 8);
+    return Buffer.concat(this.#mustHave(gpa, 2)).readUInt16LE();
   }
 
   setU16(gpa: bigint, value: number): void {
@@ -44,11 +32,6 @@ export class ReferenceRam {
 
   setU32(gpa: bigint, value: number): void {
     this.#store(gpa, 4, BigInt(value));
-  }
-
-  #load(gpa: bigint, length: number): bigint {
-    const bytes = Buffer.concat(this.#mustHave(gpa, length));
-    return bytes.reduceRight((value, byte) => (value << 8n) | BigInt(byte), 0n);
   }
 
   #store(gpa: bigint, length: number, value: bigint): void {

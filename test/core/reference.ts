@@ -290,8 +290,11 @@ function readChain(ram: ReferenceRam, ring: Ring, head: number, writable: boolea
   const chain: Chain = { views: [], length: 0 };
   for (let buffers = 0; buffers < ring.size;) {
     const at = table.gpa + 16n * BigInt(index);
-    if (!ram.has(at, 16)) return undefined;
-    const [gpa, length, flags, next] = [ram.u64(at), ram.u32(at + 8n), ram.u16(at + 12n), ram.u16(at + 14n)];
+    const views = ram.views(at, 16);
+    if (!views) return undefined;
+    const bytes = Buffer.concat(views);
+    const [gpa, length] = [bytes.readBigUInt64LE(0), bytes.readUInt32LE(8)];
+    const [flags, next] = [bytes.readUInt16LE(12), bytes.readUInt16LE(14)];
     const [hasNext, isWritable, isIndirect] = [(flags & 1) !== 0, (flags & 2) !== 0, (flags & 4) !== 0];
     if (isIndirect) {
       if (table.indirect || hasNext || !ring.indirect || length === 0 || length % 16 !== 0) return undefined;
@@ -301,9 +304,9 @@ function readChain(ram: ReferenceRam, ring: Ring, head: number, writable: boolea
     }
     if (isWritable !== writable) return undefined;
     if (length > 0) {
-      const views = ram.views(gpa, length);
-      if (!views) return undefined;
-      chain.views.push(...views);
+      const buffer = ram.views(gpa, length);
+      if (!buffer) return undefined;
+      chain.views.push(...buffer);
       chain.length += length;
     }
     if (!hasNext) return chain;

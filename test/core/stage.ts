@@ -2,8 +2,8 @@
  * The scene of the hostile tests: two guests with RAM at several places, one ring each, written raw.
  *
  *   0x0010_0000    the ring
- *   DATA           1 MiB of buffers, above 4 GiB, then
- *   DATA + 1 MiB   64 KiB more from another file; behind it there is no RAM
+ *   DATA           1 MiB of buffers, above 4 GiB; beside small rings most of it is a hole, to save time
+ *   SEAM           64 KiB more from another file; behind it there is no RAM
  */
 import { frameOf } from "./chains.ts";
 import { Judge } from "./judge.ts";
@@ -14,7 +14,7 @@ export const DATA = 0x1_0000_0000n;
 export const SEAM = DATA + 0x10_0000n;
 export const RAM_END = SEAM + 0x1_0000n;
 /** Where the well-behaved half of a test has its buffer: at the end of DATA. */
-const GOOD = SEAM - 0x2_0000n;
+export const GOOD = SEAM - 0x2_0000n;
 const RING = 0x10_0000n;
 
 export type Direction = "transmit" | "receive";
@@ -34,8 +34,16 @@ export class Stage {
     const end = {
       regions: [
         ...(zeroPage ? [{ gpa: 0n, sizeBytes: 0x1000 }] : []),
-        { gpa: RING, sizeBytes: 0xf_0000 },
-        { gpa: DATA, sizeBytes: 0x10_0000 },
+        ...(size <= 1024
+          ? [
+              { gpa: RING, sizeBytes: 0x8000 },
+              { gpa: DATA, sizeBytes: 0x1_4000 },
+              { gpa: GOOD, sizeBytes: 0x2_0000 },
+            ]
+          : [
+              { gpa: RING, sizeBytes: 0xf_0000 },
+              { gpa: DATA, sizeBytes: 0x10_0000 },
+            ]),
         { gpa: SEAM, sizeBytes: 0x1_0000 },
       ],
       ring: ringAt(RING, size, options),
