@@ -86,6 +86,8 @@ export class Lane {
   readonly #counters = new BigUint64Array(this.memory.buffer, COUNTERS);
   /** Which start of a virtqueue memory 0 reflects: a later start begins anew, an update keeps the core's indexes. */
   readonly #starts: Record<End, RunningVring["start"] | undefined> = { source: undefined, destination: undefined };
+  /** What memory 0 has; a change of a guest's memory makes a new list. */
+  readonly #extents: Record<End, readonly Extent[] | undefined> = { source: undefined, destination: undefined };
 
   constructor(name: string) {
     this.name = name;
@@ -138,6 +140,8 @@ export class Lane {
 
   setExtents(end: End, extents: readonly Extent[]): void {
     if (extents.length > EXTENTS_MAX) throw new RangeError(`${extents.length} extents`);
+    if (extents === this.#extents[end]) return;
+    this.#extents[end] = extents;
     const at = EXTENTS_AT[end];
     this.#view.setUint32(at, extents.length, true);
     for (const [i, extent] of extents.entries()) {

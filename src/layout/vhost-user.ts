@@ -17,10 +17,11 @@ export const VHOST_USER_REPLY = 4;
 export const VHOST_USER_NEED_REPLY = 8;
 
 // Limits: our own largest payload (the specification's largest is 2056 bytes), SCM_MAX_FD of the kernel,
-// regions of a SET_MEM_TABLE, size of the configuration space
+// regions of a SET_MEM_TABLE, regions added one by one, size of the configuration space
 export const PAYLOAD_SIZE_MAX = 4084;
 export const MESSAGE_FDS_MAX = 253;
 export const MEM_REGIONS_MAX = 8;
+export const MEM_SLOTS_MAX = 509;
 export const CONFIG_SIZE_MAX = 256;
 
 // Front-end requests
@@ -126,6 +127,10 @@ export const MEM_REGION_GPA = 0;
 export const MEM_REGION_BYTES = 8;
 export const MEM_REGION_USER_ADDRESS = 16;
 export const MEM_REGION_MMAP_OFFSET = 24;
+
+// The payload of ADD_MEM_REG and REM_MEM_REG: u64 padding, then a region
+export const SINGLE_REGION_SIZE = 40;
+export const SINGLE_REGION = 8;
 
 // Payload sizes of requests that are answered with an error only
 export const CONFIG_HEADER_SIZE = 12;

@@ -9,7 +9,7 @@ import { fstatSync } from "node:fs";
 import { F_SEAL_SHRINK, addSeals } from "../../native/memfd.ts";
 import { baseAddress, checkMappable, mapAnonymous, mapShared } from "../../native/mman.ts";
 import { ProtocolError, SystemError } from "../errors.ts";
-import { SEGMENTS_MAX, SEGMENT_PAGES } from "../layout/lane.ts";
+import { EXTENTS_MAX, SEGMENTS_MAX, SEGMENT_PAGES } from "../layout/lane.ts";
 import { type Place, place, roundUp } from "./placement.ts";
 
 /**
@@ -20,7 +20,7 @@ export interface FileRegion {
   gpa: bigint;
   sizeBytes: bigint;
   mmapOffset: bigint;
-  /** Valid until setRegions returns. */
+  /** Valid until setRegions or addRegion returns. */
   fd: number;
 }
 
@@ -40,6 +40,12 @@ interface MappedRegion {
   /** Bytes mapped in front of the region, for the file offset must be a multiple of the page size. */
   lead: bigint;
   places: Place[];
+}
+
+interface InspectedRegion {
+  region: FileRegion;
+  file: string;
+  pageBytes: bigint;
 }
 
 export class GuestMemory {
@@ -68,28 +74,34 @@ export class GuestMemory {
       this.#regions.find((r) => r.gpa === region.gpa && r.sizeBytes === region.sizeBytes && r.file === file),
     );
     const taken = known.flatMap((r) => r?.places ?? []);
-    const mapped = wanted.map(({ region, file, pageBytes }, i): MappedRegion => {
+    const mapped = wanted.map((each, i) => {
       if (known[i]) return known[i];
-      const lead = region.mmapOffset % pageBytes;
-      const places = this.#findRoom(region, roundUp(lead + region.sizeBytes, pageBytes), pageBytes, taken);
-      taken.push(...places);
-      return { gpa: region.gpa, sizeBytes: region.sizeBytes, file, lead, places };
+      const target = this.#plan(each, taken);
+      taken.push(...target.places);
+      return target;
     });
+    checkExtents(taken);
 
     for (const old of this.#regions) if (!mapped.includes(old)) this.#unmap(old);
     for (const [i, { region }] of wanted.entries()) {
-      const target = mapped[i];
-      if (!target || known[i]) continue;
-      addSeals(region.fd, F_SEAL_SHRINK);
-      for (const { segment, offset, sizeBytes, start } of target.places) {
-        mapShared(
-          { memory: this.#segment(segment), offset, sizeBytes },
-          region.fd,
-          region.mmapOffset - target.lead + start,
-        );
-      }
+      if (!known[i]) this.#map(region, mapped[i] as MappedRegion);
     }
     this.#setMapped(mapped);
+  }
+
+  /** Maps one region more, and touches no other. @throws ProtocolError if it cannot be mapped; then nothing has changed */
+  addRegion(region: FileRegion): void {
+    const taken = this.#regions.flatMap(({ places }) => places);
+    const target = this.#plan({ region, ...inspect(region) }, taken);
+    checkExtents([...taken, ...target.places]);
+    this.#map(region, target);
+    this.#setMapped([...this.#regions, target]);
+  }
+
+  /** Unmaps the region at this gpa, and touches no other. */
+  removeRegion(gpa: bigint): void {
+    for (const region of this.#regions) if (region.gpa === gpa) this.#unmap(region);
+    this.#setMapped(this.#regions.filter((region) => region.gpa !== gpa));
   }
 
   /** Gives all memory back; the segments stay, inert. */
@@ -104,6 +116,25 @@ export class GuestMemory {
     const extent = this.#extents.findLast((e) => e.gpa <= gpa);
     if (!extent || gpa + sizeBytes > extent.gpa + extent.sizeBytes) return undefined;
     return { segment: extent.segment, offset: extent.offset + (gpa - extent.gpa) };
+  }
+
+  #plan({ region, file, pageBytes }: InspectedRegion, taken: readonly Place[]): MappedRegion {
+    const { gpa, sizeBytes, mmapOffset } = region;
+    const lead = mmapOffset % pageBytes;
+    return {
+      gpa,
+      sizeBytes,
+      file,
+      lead,
+      places: this.#findRoom(region, roundUp(lead + sizeBytes, pageBytes), pageBytes, taken),
+    };
+  }
+
+  #map({ fd, mmapOffset }: FileRegion, { lead, places }: MappedRegion): void {
+    addSeals(fd, F_SEAL_SHRINK);
+    for (const { segment, offset, sizeBytes, start } of places) {
+      mapShared({ memory: this.#segment(segment), offset, sizeBytes }, fd, mmapOffset - lead + start);
+    }
   }
 
   #findRoom(region: FileRegion, sizeBytes: bigint, pageBytes: bigint, taken: readonly Place[]): Place[] {
@@ -151,6 +182,12 @@ function extentsOf({ gpa, sizeBytes, lead, places }: MappedRegion): Extent[] {
     const last = end < gpa + sizeBytes ? end : gpa + sizeBytes;
     return { gpa: first, sizeBytes: last - first, segment, offset: offset + skip };
   });
+}
+
+/** Every place is an extent in memory 0 of each lane, which has room for so many. */
+function checkExtents(places: readonly Place[]): void {
+  if (places.length <= EXTENTS_MAX) return;
+  throw new ProtocolError(`memory in ${places.length} pieces, the limit is ${EXTENTS_MAX}; use fewer, larger regions`);
 }
 
 function inspect({ fd, mmapOffset }: FileRegion): { file: string; pageBytes: bigint } {

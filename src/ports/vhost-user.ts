@@ -96,6 +96,14 @@ export class VhostUserPort implements GuestPort, Device {
     });
   }
 
+  addMemory(region: MemoryRegion): Promise<void> {
+    return this.#change(() => this.memory.addRegion(region));
+  }
+
+  removeMemory(gpa: bigint): Promise<void> {
+    return this.#change(() => this.memory.removeRegion(gpa));
+  }
+
   startVring(vring: Vring): Promise<void> {
     return this.#change(() => this.#setVring(vring, undefined));
   }

@@ -155,7 +155,7 @@ export function decodeVringAddress(payload: Buffer): VringAddress {
   };
 }
 
-/** A region of a SET_MEM_TABLE as it is on the wire: its fd travels beside it. */
+/** A memory region as it is on the wire: its fd travels beside it. */
 export interface RegionRecord {
   gpa: bigint;
   sizeBytes: bigint;
@@ -167,11 +167,7 @@ export function encodeMemTable(regions: readonly RegionRecord[]): Buffer {
   const bytes = Buffer.alloc(L.MEM_TABLE_HEADER_SIZE + regions.length * L.MEM_REGION_SIZE);
   bytes.writeUInt32LE(regions.length, L.MEM_TABLE_COUNT);
   for (const [index, region] of regions.entries()) {
-    const at = L.MEM_TABLE_HEADER_SIZE + index * L.MEM_REGION_SIZE;
-    bytes.writeBigUInt64LE(region.gpa, at + L.MEM_REGION_GPA);
-    bytes.writeBigUInt64LE(region.sizeBytes, at + L.MEM_REGION_BYTES);
-    bytes.writeBigUInt64LE(region.userAddress, at + L.MEM_REGION_USER_ADDRESS);
-    bytes.writeBigUInt64LE(region.mmapOffset, at + L.MEM_REGION_MMAP_OFFSET);
+    writeRegion(bytes, L.MEM_TABLE_HEADER_SIZE + index * L.MEM_REGION_SIZE, region);
   }
   return bytes;
 }
@@ -193,13 +189,34 @@ export function decodeMemTable(payload: Buffer): RegionRecord[] {
   if (payload.length < size || (payload.length - size) % L.MEM_REGION_SIZE !== 0) {
     throw new ProtocolError(`memory table of ${count} regions in ${payload.length} bytes, expected ${size}`);
   }
-  return Array.from({ length: count }, (_, index) => {
-    const at = L.MEM_TABLE_HEADER_SIZE + index * L.MEM_REGION_SIZE;
-    return {
-      gpa: payload.readBigUInt64LE(at + L.MEM_REGION_GPA),
-      sizeBytes: payload.readBigUInt64LE(at + L.MEM_REGION_BYTES),
-      userAddress: payload.readBigUInt64LE(at + L.MEM_REGION_USER_ADDRESS),
-      mmapOffset: payload.readBigUInt64LE(at + L.MEM_REGION_MMAP_OFFSET),
-    };
-  });
+  return Array.from({ length: count }, (_, index) =>
+    readRegion(payload, L.MEM_TABLE_HEADER_SIZE + index * L.MEM_REGION_SIZE),
+  );
+}
+
+/** The payload of ADD_MEM_REG and REM_MEM_REG. */
+export function encodeSingleRegion(region: RegionRecord): Buffer {
+  const bytes = Buffer.alloc(L.SINGLE_REGION_SIZE);
+  writeRegion(bytes, L.SINGLE_REGION, region);
+  return bytes;
+}
+
+export function decodeSingleRegion(payload: Buffer): RegionRecord {
+  return readRegion(payload, L.SINGLE_REGION);
+}
+
+function writeRegion(bytes: Buffer, at: number, region: RegionRecord): void {
+  bytes.writeBigUInt64LE(region.gpa, at + L.MEM_REGION_GPA);
+  bytes.writeBigUInt64LE(region.sizeBytes, at + L.MEM_REGION_BYTES);
+  bytes.writeBigUInt64LE(region.userAddress, at + L.MEM_REGION_USER_ADDRESS);
+  bytes.writeBigUInt64LE(region.mmapOffset, at + L.MEM_REGION_MMAP_OFFSET);
+}
+
+function readRegion(bytes: Buffer, at: number): RegionRecord {
+  return {
+    gpa: bytes.readBigUInt64LE(at + L.MEM_REGION_GPA),
+    sizeBytes: bytes.readBigUInt64LE(at + L.MEM_REGION_BYTES),
+    userAddress: bytes.readBigUInt64LE(at + L.MEM_REGION_USER_ADDRESS),
+    mmapOffset: bytes.readBigUInt64LE(at + L.MEM_REGION_MMAP_OFFSET),
+  };
 }

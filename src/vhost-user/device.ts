@@ -13,7 +13,7 @@ export interface MemoryRegion {
   /** The front-end's own virtual address of the region; ring addresses come in this space. */
   userAddress: bigint;
   mmapOffset: bigint;
-  /** Valid until setMemory settles: map it, do not keep it. */
+  /** Valid until setMemory or addMemory settles: map it, do not keep it. */
   fd: number;
 }
 
@@ -46,6 +46,10 @@ export interface Device {
    * table cannot translate were stopped before. Rejecting leaves the old table in force.
    */
   setMemory(regions: readonly MemoryRegion[], vrings: readonly Vring[]): Promise<void>;
+  /** One more region, which overlaps no other; started rings stay where they are. */
+  addMemory(region: MemoryRegion): Promise<void>;
+  /** The region at this gpa is gone. Rings in it were stopped before; the other started rings stay where they are. */
+  removeMemory(gpa: bigint): Promise<void>;
   /** From the next instant the ring is processed; it is scanned at once. */
   startVring(vring: Vring): Promise<void>;
   /** After this settles the device touches neither the ring nor its fds. Resolves to the next avail index. */

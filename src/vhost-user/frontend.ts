@@ -14,6 +14,7 @@ import {
   decodeVringState,
   encodeMemTable,
   encodeMessage,
+  encodeSingleRegion,
   encodeU64,
   encodeVringAddress,
   encodeVringState,
@@ -75,6 +76,18 @@ export class Frontend implements Disposable {
   async setMemTable(regions: readonly (RegionRecord & { fd: number })[]): Promise<void> {
     const fds = regions.map(({ fd }) => fd);
     await this.command(L.VHOST_USER_SET_MEM_TABLE, encodeMemTable(regions), fds);
+  }
+
+  async getMaxMemSlots(): Promise<number> {
+    return Number(decodeU64(await this.request(L.VHOST_USER_GET_MAX_MEM_SLOTS)));
+  }
+
+  async addMemReg(region: RegionRecord & { fd: number }): Promise<void> {
+    await this.command(L.VHOST_USER_ADD_MEM_REG, encodeSingleRegion(region), [region.fd]);
+  }
+
+  async remMemReg(region: RegionRecord): Promise<void> {
+    await this.command(L.VHOST_USER_REM_MEM_REG, encodeSingleRegion(region));
   }
 
   async setVringNum(index: number, num: number): Promise<void> {

@@ -12,6 +12,7 @@ import * as L from "../layout/vhost-user.ts";
 import { VRING_SIZE_MAX } from "../layout/virtio.ts";
 import {
   decodeMemTable,
+  decodeSingleRegion,
   decodeU64,
   decodeVringAddress,
   decodeVringState,
@@ -57,6 +58,17 @@ export const setMemTable: Handler = async (state, { payload, fds }) => {
   if (fds.length !== records.length) throw new ProtocolError(`${fds.length} fds for ${records.length} memory regions`);
   await state.setMemory(records.map((record, index) => ({ ...record, fd: fds[index] as number })));
 };
+
+export const getMaxMemSlots: Handler = () => encodeU64(BigInt(L.MEM_SLOTS_MAX));
+
+export const addMemReg: Handler = async (state, { payload, fds }) => {
+  const [fd] = fds;
+  if (fd === undefined || fds.length !== 1) throw new ProtocolError(`${fds.length} fds with ADD_MEM_REG, expected 1`);
+  await state.addMemory({ ...decodeSingleRegion(payload), fd });
+};
+
+/** Some front-ends send the region's fd along: it is closed. */
+export const remMemReg: Handler = (state, { payload }) => state.removeMemory(decodeSingleRegion(payload));
 
 export const setVringNum: Handler = async (state, { payload }) => {
   const { index, num } = decodeVringState(payload);

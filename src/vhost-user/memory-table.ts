@@ -1,5 +1,5 @@
 /**
- * The memory table of a session: checks of a SET_MEM_TABLE, and translation of user addresses to guest physical ones.
+ * The memory table of a session: checks of its regions, and translation of user addresses to guest physical ones.
  *
  * Truth: QEMU docs/interop/vhost-user.rst, "Memory region description"; docs/PROTOCOL.md, 4.1 and 7.
  * Immutable. Holds no fds: the device maps the regions while the message that brought them is handled.
@@ -24,24 +24,39 @@ export class MemoryTable {
     this.#entries = entries;
   }
 
-  /** The table before any SET_MEM_TABLE. */
+  /** The table before any region came. */
   static readonly empty = new MemoryTable([]);
 
   /** Checks every region against its file and the other regions. @throws ProtocolError */
   static of(regions: readonly MemoryRegion[]): MemoryTable {
-    regions.forEach((region, index) => {
-      checkRange(index, "gpa", region.gpa, region.sizeBytes);
-      checkRange(index, "user address", region.userAddress, region.sizeBytes);
-      checkRange(index, "mmap offset", region.mmapOffset, region.sizeBytes);
-      for (const other of regions.slice(0, index)) checkOverlap(index, region, other);
-    });
-    return new MemoryTable(
-      regions.map(({ fd, ...record }, index) => ({ ...record, file: checkedFile(index, record, fd) })),
-    );
+    return regions.reduce<MemoryTable>((table, region) => table.plus(region), MemoryTable.empty);
   }
 
-  get isEmpty(): boolean {
-    return this.#entries.length === 0;
+  /** This table and one more region, checked against its file and the others. @throws ProtocolError */
+  plus({ fd, ...region }: MemoryRegion): MemoryTable {
+    const index = this.#entries.length;
+    checkRange(index, "gpa", region.gpa, region.sizeBytes);
+    checkRange(index, "user address", region.userAddress, region.sizeBytes);
+    checkRange(index, "mmap offset", region.mmapOffset, region.sizeBytes);
+    for (const other of this.#entries) checkOverlap(index, region, other);
+    return new MemoryTable([...this.#entries, { ...region, file: checkedFile(index, region, fd) }]);
+  }
+
+  /** This table less one region, which is known by everything but its mmap offset. @throws ProtocolError if it is not there */
+  without({ gpa, sizeBytes, userAddress }: RegionRecord): MemoryTable {
+    const others = this.#entries.filter(
+      (entry) => entry.gpa !== gpa || entry.sizeBytes !== sizeBytes || entry.userAddress !== userAddress,
+    );
+    if (others.length === this.#entries.length) {
+      throw new ProtocolError(
+        `there is no region at gpa ${hex(gpa)} of ${hex(sizeBytes)} bytes, user address ${hex(userAddress)}`,
+      );
+    }
+    return new MemoryTable(others);
+  }
+
+  get size(): number {
+    return this.#entries.length;
   }
 
   /** Same regions, in the same order, of the same files. */
@@ -79,7 +94,7 @@ function checkRange(index: number, what: string, start: bigint, sizeBytes: bigin
   }
 }
 
-function checkOverlap(index: number, region: MemoryRegion, other: MemoryRegion): void {
+function checkOverlap(index: number, region: RegionRecord, other: RegionRecord): void {
   const overlaps = (start: bigint, otherStart: bigint) =>
     start < otherStart + other.sizeBytes && otherStart < start + region.sizeBytes;
   if (overlaps(region.gpa, other.gpa)) {

@@ -31,9 +31,10 @@ export interface Request {
   gate?: number | undefined;
 }
 
-const { U64_SIZE, VRING_STATE_SIZE, VRING_ADDR_SIZE } = L;
+const { U64_SIZE, VRING_STATE_SIZE, VRING_ADDR_SIZE, SINGLE_REGION_SIZE } = L;
 const MQ = L.VHOST_USER_PROTOCOL_F_MQ;
 const BACKEND_REQ = L.VHOST_USER_PROTOCOL_F_BACKEND_REQ;
+const MEM_SLOTS = L.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS;
 const no = encodeU64(1n);
 const drop = "drop";
 const ackOrDrop = "ack or drop";
@@ -65,6 +66,9 @@ export const requests: ReadonlyMap<number, Request> = new Map<number, Request>([
     L.VHOST_USER_SET_BACKEND_REQ_FD,
     offered("SET_BACKEND_REQ_FD", 0, ackOrIgnore, handlers.setBackendReqFd, BACKEND_REQ),
   ],
+  [L.VHOST_USER_GET_MAX_MEM_SLOTS, offered("GET_MAX_MEM_SLOTS", 0, drop, handlers.getMaxMemSlots, MEM_SLOTS)],
+  [L.VHOST_USER_ADD_MEM_REG, offered("ADD_MEM_REG", SINGLE_REGION_SIZE, ackOrDrop, handlers.addMemReg, MEM_SLOTS)],
+  [L.VHOST_USER_REM_MEM_REG, offered("REM_MEM_REG", SINGLE_REGION_SIZE, ackOrDrop, handlers.remMemReg, MEM_SLOTS)],
 
   [L.VHOST_USER_SET_LOG_BASE, refused("SET_LOG_BASE", ackOrDrop)],
   [L.VHOST_USER_SET_LOG_FD, refused("SET_LOG_FD", ackOrIgnore)],
@@ -85,9 +89,6 @@ export const requests: ReadonlyMap<number, Request> = new Map<number, Request>([
   [L.VHOST_USER_GPU_SET_SOCKET, refused("GPU_SET_SOCKET", ackOrIgnore)],
   [L.VHOST_USER_RESET_DEVICE, refused("RESET_DEVICE", ackOrDrop)],
   [L.VHOST_USER_VRING_KICK, refused("VRING_KICK", ackOrDrop)],
-  [L.VHOST_USER_GET_MAX_MEM_SLOTS, refused("GET_MAX_MEM_SLOTS", drop)],
-  [L.VHOST_USER_ADD_MEM_REG, refused("ADD_MEM_REG", ackOrDrop)],
-  [L.VHOST_USER_REM_MEM_REG, refused("REM_MEM_REG", ackOrDrop)],
   [L.VHOST_USER_SET_STATUS, refused("SET_STATUS", ackOrIgnore)],
   [L.VHOST_USER_GET_STATUS, refused("GET_STATUS", drop)],
   [L.VHOST_USER_GET_SHARED_OBJECT, refused("GET_SHARED_OBJECT", drop)],

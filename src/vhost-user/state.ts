@@ -7,11 +7,14 @@
 import { close } from "../../native/libc.ts";
 import { ProtocolError, RelayError } from "../errors.ts";
 import {
+  MEM_SLOTS_MAX,
   VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+  VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
   VHOST_USER_PROTOCOL_F_MQ,
   VHOST_USER_PROTOCOL_F_REPLY_ACK,
 } from "../layout/vhost-user.ts";
 import { VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_RING_F_EVENT_IDX } from "../layout/virtio.ts";
+import type { RegionRecord } from "./codec.ts";
 import type { Device, MemoryRegion, Vring } from "./device.ts";
 import { MemoryTable } from "./memory-table.ts";
 import { VringState } from "./vring.ts";
@@ -20,7 +23,10 @@ export const PROTOCOL_FEATURES_BIT = bit(VHOST_USER_F_PROTOCOL_FEATURES);
 
 /** The protocol features this back-end offers. */
 export const OFFERED_PROTOCOL_FEATURES =
-  bit(VHOST_USER_PROTOCOL_F_MQ) | bit(VHOST_USER_PROTOCOL_F_REPLY_ACK) | bit(VHOST_USER_PROTOCOL_F_BACKEND_REQ);
+  bit(VHOST_USER_PROTOCOL_F_MQ) |
+  bit(VHOST_USER_PROTOCOL_F_REPLY_ACK) |
+  bit(VHOST_USER_PROTOCOL_F_BACKEND_REQ) |
+  bit(VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS);
 
 export class SessionState {
   readonly device: Device;
@@ -57,7 +63,7 @@ export class SessionState {
 
   /** Whether the ring's areas could be used now; true while that cannot be said for want of a size or a table. */
   isPlaceable(ring: VringState): boolean {
-    return ring.size === 0 || this.#table.isEmpty || this.#translate(ring, this.#table) !== undefined;
+    return ring.size === 0 || this.#table.size === 0 || this.#translate(ring, this.#table) !== undefined;
   }
 
   /** Features may change only while no ring runs; without bit 30 all rings are enabled from now on. */
@@ -72,24 +78,21 @@ export class SessionState {
     for (const ring of this.vrings) await this.enable(ring, true);
   }
 
-  /** Replaces the memory table. Rings it cannot translate stop and wait, waiting rings it can translate start. */
+  /** Replaces the memory table. */
   async setMemory(regions: readonly MemoryRegion[]): Promise<void> {
     const table = MemoryTable.of(regions);
     if (table.equals(this.#table)) return;
-    const running = this.vrings.filter((ring) => ring.running !== undefined);
-    const placed = new Map(running.map((ring) => [ring, this.#translate(ring, table)]));
-    try {
-      for (const [ring, areas] of placed) if (areas === undefined) await this.#pause(ring);
-      const kept: Vring[] = [];
-      for (const [ring, areas] of placed) if (areas !== undefined) kept.push(ring.at(areas));
-      await this.device.setMemory(regions, kept);
-    } catch (error) {
-      await this.#startAll();
-      throw error;
-    }
-    this.#table = table;
-    for (const [ring, areas] of placed) ring.running = areas;
-    await this.#startAll();
+    await this.#changeTable(table, (vrings) => this.device.setMemory(regions, vrings));
+  }
+
+  async addMemory(region: MemoryRegion): Promise<void> {
+    if (this.#table.size >= MEM_SLOTS_MAX)
+      throw new ProtocolError(`there are ${MEM_SLOTS_MAX} regions, the most taken`);
+    await this.#changeTable(this.#table.plus(region), () => this.device.addMemory(region));
+  }
+
+  async removeMemory(region: RegionRecord): Promise<void> {
+    await this.#changeTable(this.#table.without(region), () => this.device.removeMemory(region.gpa));
   }
 
   /** Starts a kicked ring as soon as it is complete; does nothing before, or when it runs. */
@@ -159,6 +162,24 @@ export class SessionState {
   async #pause(ring: VringState): Promise<void> {
     ring.base = await this.device.stopVring(ring.index);
     ring.running = undefined;
+  }
+
+  /** Rings the new table cannot translate stop and wait, waiting rings it can translate start. */
+  async #changeTable(table: MemoryTable, apply: (vrings: readonly Vring[]) => Promise<void>): Promise<void> {
+    const running = this.vrings.filter((ring) => ring.running !== undefined);
+    const placed = new Map(running.map((ring) => [ring, this.#translate(ring, table)]));
+    try {
+      for (const [ring, areas] of placed) if (areas === undefined) await this.#pause(ring);
+      const kept: Vring[] = [];
+      for (const [ring, areas] of placed) if (areas !== undefined) kept.push(ring.at(areas));
+      await apply(kept);
+    } catch (error) {
+      await this.#startAll();
+      throw error;
+    }
+    this.#table = table;
+    for (const [ring, areas] of placed) ring.running = areas;
+    await this.#startAll();
   }
 
   /** Nothing is left to go back to when a ring cannot be started again, so the connection is dropped. */

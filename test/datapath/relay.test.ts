@@ -1,5 +1,5 @@
 /** The relay as a library, with real front-ends over real sockets: frames arrive whole, in order, once. */
-import { existsSync, mkdtempSync, rmSync } from "node:fs";
+import { existsSync, mkdtempSync, readdirSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -7,6 +7,12 @@ import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { Relay, type LaneSnapshot, type RelayEvent, type RelayOptions } from "../../src/index.ts";
 import { Guest, type RegionPlan } from "../../src/driver/guest.ts";
 import { NetDriver, type NetDriverOptions } from "../../src/driver/net.ts";
+import {
+  VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
+  VHOST_USER_PROTOCOL_F_REPLY_ACK,
+} from "../../src/layout/vhost-user.ts";
+import type { MemoryRegion } from "../../src/vhost-user/device.ts";
+import { mappings } from "../memory/mappings.ts";
 import { exchange, frame } from "./traffic.ts";
 
 const MIB = 1n << 20n;
@@ -122,6 +128,91 @@ describe("memory of a guest", () => {
     const b = await connect("b", plan, { ringSize: 128 });
     await exchange(a, b, 300);
     await exchange(b, a, 300);
+  });
+});
+
+describe("regions that come and go while frames flow", () => {
+  /** The driver lives in the second region. */
+  const plan: RegionPlan[] = [
+    { gpa: 0n, sizeBytes: 4n * MIB },
+    { gpa: GIB, sizeBytes: 64n * MIB },
+    { gpa: 3n * GIB, sizeBytes: 3n * MIB },
+  ];
+  const memSlots = [VHOST_USER_PROTOCOL_F_REPLY_ACK, VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS];
+
+  async function connectSlots(): Promise<{ a: NetDriver; regions: readonly MemoryRegion[] }> {
+    const guest = open.use(new Guest(plan));
+    const a = open.use(await NetDriver.connect({ path: path("a"), guest, gpa: GIB }));
+    await a.frontend.setProtocolFeatures(memSlots.reduce((mask, bit) => mask | (1n << BigInt(bit)), 0n));
+    return { a, regions: guest.regions };
+  }
+
+  it("BI-091, BI-092: not a frame outside them is lost, no fd and no mapping is left", async () => {
+    await start({ links: [[port("a"), port("b")]] });
+    const { a, regions } = await connectSlots();
+    const b = await connect("b");
+    await exchange(a, b, 10);
+    const before = { fds: readdirSync("/proc/self/fd").length, mappings: mappings("/memfd:guest") };
+    let changing = true;
+    const changes = (async () => {
+      for (let n = 0; n < 100; n++) {
+        for (const region of [regions[0]!, regions[2]!]) await a.frontend.remMemReg(region);
+        for (const region of [regions[2]!, regions[0]!]) await a.frontend.addMemReg(region);
+      }
+      changing = false;
+    })();
+    let first = 10;
+    for (; changing; first += 50) {
+      await exchange(a, b, 50, { first });
+      await exchange(b, a, 50, { first });
+    }
+    await changes;
+    expect(first).toBeGreaterThan(10);
+    expect(readdirSync("/proc/self/fd").length).toBe(before.fds);
+    expect(mappings("/memfd:guest") - before.mappings).toBeLessThan(10);
+    expect(relay.state.links[0]!.lanes.flatMap((lane) => Object.values(lane.drops)).every((n) => n === 0)).toBe(true);
+  });
+
+  it("BI-093: a buffer in a region that is gone is refused, and taken again once the region is back", async () => {
+    await start({ links: [[port("a"), port("b")]], poll: "busy" });
+    const { a, regions } = await connectSlots();
+    await connect("b");
+    const { transmitq } = a.pairs[0]!;
+    const send = async (): Promise<void> => {
+      transmitq.addBuffer(Number(3n * GIB), 0, 12 + 60, false);
+      transmitq.publish();
+      await expect.poll(() => transmitq.pop(), { interval: 1 }).toBeGreaterThanOrEqual(0);
+    };
+    await send();
+    await a.frontend.remMemReg(regions[2]!);
+    await send();
+    await a.frontend.addMemReg(regions[2]!);
+    await send();
+    expect(lane("a")).toMatchObject({ packets: 2, drops: { malformed: 1 } });
+  });
+
+  it("a ring whose region goes stops; with the region back it goes on where it was", async () => {
+    await start({ links: [[port("a"), port("b")]] });
+    const { a, regions } = await connectSlots();
+    const b = await connect("b");
+    await exchange(a, b, 100);
+    await a.frontend.remMemReg(regions[1]!);
+    expect(relay.state.links[0]!.ports.map(({ state }) => state)).toEqual(["connected", "running"]);
+    await a.frontend.addMemReg(regions[1]!);
+    await exchange(a, b, 100, { first: 100 });
+    await exchange(b, a, 100);
+  });
+
+  it("all 509 slots are in use", async () => {
+    await start({ links: [[port("a"), port("b")]] });
+    const { a } = await connectSlots();
+    const b = await connect("b");
+    const pages = Array.from({ length: 506 }, (_, i) => ({ gpa: 4n * GIB + BigInt(i) * 8192n, sizeBytes: 4096n }));
+    const { regions } = open.use(new Guest(pages));
+    for (const region of regions) await a.frontend.addMemReg(region);
+    await exchange(a, b, 50);
+    for (const region of regions.toReversed()) await a.frontend.remMemReg(region);
+    await exchange(b, a, 50);
   });
 });
 

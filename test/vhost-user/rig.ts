@@ -27,11 +27,14 @@ export const BIT_30 = 1n << BigInt(VHOST_USER_F_PROTOCOL_FEATURES);
 export const REPLY_ACK = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_REPLY_ACK);
 export const BACKEND_REQ = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_BACKEND_REQ);
 export const MQ = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_MQ);
-export const ALL_PROTOCOL_FEATURES = MQ | REPLY_ACK | BACKEND_REQ;
+export const MEM_SLOTS = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS);
+export const ALL_PROTOCOL_FEATURES = MQ | REPLY_ACK | BACKEND_REQ | MEM_SLOTS;
 
 export type Call =
   | { name: "setFeatures"; features: bigint }
   | { name: "setMemory"; regions: MemoryRegion[]; vrings: Vring[] }
+  | { name: "addMemory"; region: MemoryRegion }
+  | { name: "removeMemory"; gpa: bigint }
   | { name: "startVring" | "updateVring"; vring: Vring }
   | { name: "stopVring"; index: number }
   | { name: "reset" };
@@ -50,6 +53,12 @@ export class RecordingDevice implements Device {
   }
   setMemory(regions: readonly MemoryRegion[], vrings: readonly Vring[]) {
     return this.#record({ name: "setMemory", regions: [...regions], vrings: [...vrings] });
+  }
+  addMemory(region: MemoryRegion) {
+    return this.#record({ name: "addMemory", region });
+  }
+  removeMemory(gpa: bigint) {
+    return this.#record({ name: "removeMemory", gpa });
   }
   startVring(vring: Vring) {
     return this.#record({ name: "startVring", vring });
