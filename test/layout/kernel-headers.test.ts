@@ -1,0 +1,88 @@
+/** The numbers of src/layout/virtio.ts against the kernel's own headers, through a few lines of C. */
+import { spawnSync } from "node:child_process";
+import { existsSync, mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { expect, test } from "vitest";
+import * as virtio from "../../src/layout/virtio.ts";
+
+const HEADERS = ["linux/virtio_ring.h", "linux/virtio_net.h", "linux/virtio_config.h", "linux/vhost_types.h"];
+
+/** What each constant is in C. */
+const inC: Record<string, string> = {
+  DESC_SIZE: "sizeof(struct vring_desc)",
+  DESC_ADDR: "offsetof(struct vring_desc, addr)",
+  DESC_LEN: "offsetof(struct vring_desc, len)",
+  DESC_FLAGS: "offsetof(struct vring_desc, flags)",
+  DESC_NEXT: "offsetof(struct vring_desc, next)",
+  AVAIL_FLAGS: "offsetof(struct vring_avail, flags)",
+  AVAIL_IDX: "offsetof(struct vring_avail, idx)",
+  AVAIL_RING: "offsetof(struct vring_avail, ring)",
+  AVAIL_ENTRY_SIZE: "sizeof(((struct vring_avail *)0)->ring[0])",
+  USED_FLAGS: "offsetof(struct vring_used, flags)",
+  USED_IDX: "offsetof(struct vring_used, idx)",
+  USED_RING: "offsetof(struct vring_used, ring)",
+  USED_ENTRY_SIZE: "sizeof(struct vring_used_elem)",
+  USED_ENTRY_ID: "offsetof(struct vring_used_elem, id)",
+  USED_ENTRY_LEN: "offsetof(struct vring_used_elem, len)",
+  DESC_ALIGN: "VRING_DESC_ALIGN_SIZE",
+  AVAIL_ALIGN: "VRING_AVAIL_ALIGN_SIZE",
+  USED_ALIGN: "VRING_USED_ALIGN_SIZE",
+  NET_HDR_FLAGS: "offsetof(struct virtio_net_hdr_mrg_rxbuf, hdr.flags)",
+  NET_HDR_GSO_TYPE: "offsetof(struct virtio_net_hdr_mrg_rxbuf, hdr.gso_type)",
+  NET_HDR_HDR_LEN: "offsetof(struct virtio_net_hdr_mrg_rxbuf, hdr.hdr_len)",
+  NET_HDR_GSO_SIZE: "offsetof(struct virtio_net_hdr_mrg_rxbuf, hdr.gso_size)",
+  NET_HDR_CSUM_START: "offsetof(struct virtio_net_hdr_mrg_rxbuf, hdr.csum_start)",
+  NET_HDR_CSUM_OFFSET: "offsetof(struct virtio_net_hdr_mrg_rxbuf, hdr.csum_offset)",
+  NET_HDR_NUM_BUFFERS: "offsetof(struct virtio_net_hdr_mrg_rxbuf, num_buffers)",
+  NET_HDR_SIZE_LEGACY: "sizeof(struct virtio_net_hdr)",
+  NET_HDR_SIZE: "sizeof(struct virtio_net_hdr_mrg_rxbuf)",
+};
+
+/** What no kernel header says, with where it is said instead. */
+const elsewhere: Record<string, string> = {
+  VRING_SIZE_MAX: "virtio 1.3, 2.7: the queue size is at most 32768",
+  VHOST_USER_F_PROTOCOL_FEATURES: "QEMU docs/interop/vhost-user.rst: bit 30",
+  RECEIVEQ: "virtio 1.3, 5.1.2: receiveq1 is virtqueue 0",
+  TRANSMITQ: "virtio 1.3, 5.1.2: transmitq1 is virtqueue 1",
+};
+
+/** The value in C of each expression; a string says why there is none. */
+function evaluate(expressions: readonly string[]): number[] | string {
+  const include = HEADERS.map((header) => `#include <${header}>`).join("\n");
+  const prints = expressions.map((expression) => `printf("%ld\\n", (long)(${expression}));`).join("\n");
+  const program = `#include <stddef.h>\n#include <stdio.h>\n${include}\nint main(void) {\n${prints}\nreturn 0;\n}\n`;
+  const missing = HEADERS.find((header) => !existsSync(join("/usr/include", header)));
+  if (missing) return `no ${missing}: install linux-libc-dev`;
+  const directory = mkdtempSync(join(tmpdir(), "kernel-headers-"));
+  try {
+    const binary = join(directory, "numbers");
+    const compiled = spawnSync("cc", ["-x", "c", "-", "-o", binary], { input: program, encoding: "utf8" });
+    if (compiled.error) return `no C compiler: ${compiled.error.message}`;
+    if (compiled.status !== 0) throw new Error(compiled.stderr);
+    return spawnSync(binary, { encoding: "utf8" }).stdout.trim().split("\n").map(Number);
+  } finally {
+    rmSync(directory, { recursive: true });
+  }
+}
+
+test("every constant of src/layout/virtio.ts is the kernel's", (context) => {
+  const names = Object.keys(virtio).filter((name) => !(name in elsewhere));
+  // names that the headers spell the same
+  const result = evaluate(names.map((name) => inC[name] ?? name));
+  if (typeof result === "string") {
+    if (process.env["CI"] === "true") expect.fail(result);
+    context.skip(result);
+    return;
+  }
+  const expected = Object.fromEntries(names.map((name, i) => [name, result[i]]));
+  const actual = Object.fromEntries(Object.entries(virtio).filter(([name]) => !(name in elsewhere)));
+  expect(actual).toEqual(expected);
+});
+
+test("the constants that no header has are what the specifications say", () => {
+  const { VRING_SIZE_MAX, VHOST_USER_F_PROTOCOL_FEATURES, RECEIVEQ, TRANSMITQ } = virtio;
+  const said = { VRING_SIZE_MAX: 32_768, VHOST_USER_F_PROTOCOL_FEATURES: 30, RECEIVEQ: 0, TRANSMITQ: 1 };
+  expect({ VRING_SIZE_MAX, VHOST_USER_F_PROTOCOL_FEATURES, RECEIVEQ, TRANSMITQ }).toEqual(said);
+  expect(Object.keys(said)).toEqual(Object.keys(elsewhere));
+});
