@@ -72,7 +72,7 @@ export function accessorFunctions(segments: number, nameOf: (accessor: string) =
 
 /** Plain accesses are marked unaligned: addresses are the guest's. Atomics are not: their alignment is checked at set-up. */
 function alignable(instruction: string, memory: string): string {
-  const plain = !instruction.includes("atomic") && !instruction.includes("8");
+  const plain = !/atomic|load8|store8/.test(instruction);
   return `${instruction} $${memory}${plain ? " align=1" : ""}`;
 }
 
