@@ -66,6 +66,9 @@ export const VIRTIO_F_ACCESS_PLATFORM = 33;
 export const VIRTIO_F_RING_PACKED = 34;
 export const VIRTIO_F_IN_ORDER = 35;
 
+// Device status bits
+export const VIRTIO_CONFIG_S_FEATURES_OK = 8;
+
 // Virtqueue indexes of pair n: receiveq 2n, transmitq 2n + 1 (virtio 1.3, 5.1.2)
 export const RECEIVEQ = 0;
 export const TRANSMITQ = 1;

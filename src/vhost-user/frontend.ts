@@ -94,7 +94,7 @@ export class Frontend implements Disposable {
     await this.command(L.VHOST_USER_SET_VRING_NUM, encodeVringState({ index, num }));
   }
 
-  /** @param areas in user addresses of the memory table */
+  /** @param areas in user addresses of the memory table, or guest physical ones with GPA_ADDRESSES */
   async setVringAddr(index: number, areas: Areas): Promise<void> {
     await this.command(L.VHOST_USER_SET_VRING_ADDR, encodeVringAddress({ index, flags: 0, log: 0n, ...areas }));
   }
@@ -128,6 +128,19 @@ export class Frontend implements Disposable {
 
   async setBackendReqFd(fd: number): Promise<void> {
     await this.command(L.VHOST_USER_SET_BACKEND_REQ_FD, NOTHING, [fd]);
+  }
+
+  async resetDevice(): Promise<void> {
+    await this.command(L.VHOST_USER_RESET_DEVICE);
+  }
+
+  /** @param status the virtio device status byte; 0 resets the device */
+  async setStatus(status: number): Promise<void> {
+    await this.command(L.VHOST_USER_SET_STATUS, encodeU64(BigInt(status)));
+  }
+
+  async getStatus(): Promise<number> {
+    return Number(decodeU64(await this.request(L.VHOST_USER_GET_STATUS)));
   }
 
   /** Sends a request that has a reply of its own and resolves to the reply's payload. */

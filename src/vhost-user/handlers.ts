@@ -31,12 +31,16 @@ export type Handler = (state: SessionState, message: Message) => Promise<Buffer 
 /** What we write call and err signals to; user-mode Linux passes one end of a socket pair. */
 const SIGNAL_KINDS: FdKind[] = ["eventfd", "pipe", "socket"];
 
+const STATUS_MAX = 0xffn;
+
 export const getFeatures: Handler = ({ device }) => encodeU64(device.features | PROTOCOL_FEATURES_BIT);
 
 export const setFeatures: Handler = async (state, { payload }) => {
   const features = decodeU64(payload);
+  state.featuresRefused = true;
   checkOffered("feature", features, state.device.features | PROTOCOL_FEATURES_BIT);
   await state.setFeatures(features);
+  state.featuresRefused = false;
 };
 
 export const getProtocolFeatures: Handler = () => encodeU64(OFFERED_PROTOCOL_FEATURES);
@@ -141,6 +145,16 @@ export const setBackendReqFd: Handler = (state, { fds }) => {
   fds.length = 0;
   state.setBackendRequestFd(fd);
 };
+
+export const resetDevice: Handler = (state) => state.resetDevice();
+
+export const setStatus: Handler = async (state, { payload }) => {
+  const status = decodeU64(payload);
+  if (status > STATUS_MAX) throw new ProtocolError(`device status ${hex(status)} does not fit its byte`);
+  await state.setStatus(Number(status));
+};
+
+export const getStatus: Handler = ({ status }) => encodeU64(BigInt(status));
 
 export const nothing: Handler = () => {};
 

@@ -12,6 +12,9 @@ import type { MemoryRegion } from "./device.ts";
 
 const ADDRESS_END = 1n << 64n;
 
+/** Ring addresses are the front-end's own ones, or with GPA_ADDRESSES guest physical. */
+export type AddressSpace = "userAddress" | "gpa";
+
 interface TableEntry extends RegionRecord {
   /** Device and inode: what tells the same file from another once the fd is closed. */
   file: string;
@@ -75,12 +78,15 @@ export class MemoryTable {
     return this.#entries.length === other.#entries.length && this.#entries.every(same);
   }
 
-  /** The guest physical address of [userAddress, userAddress + sizeBytes); undefined unless one region holds all of it. */
-  translate(userAddress: bigint, sizeBytes: bigint): bigint | undefined {
+  /**
+   * The guest physical address of [address, address + sizeBytes) of an address space; undefined unless one region holds
+   * all of it.
+   */
+  translate(address: bigint, sizeBytes: bigint, space: AddressSpace): bigint | undefined {
     const region = this.#entries.find(
-      (entry) => userAddress >= entry.userAddress && userAddress + sizeBytes <= entry.userAddress + entry.sizeBytes,
+      (entry) => address >= entry[space] && address + sizeBytes <= entry[space] + entry.sizeBytes,
     );
-    return region && region.gpa + (userAddress - region.userAddress);
+    return region && region.gpa + (address - region[space]);
   }
 }
 

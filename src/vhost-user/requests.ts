@@ -34,6 +34,8 @@ export interface Request {
 const { U64_SIZE, VRING_STATE_SIZE, VRING_ADDR_SIZE, SINGLE_REGION_SIZE } = L;
 const MQ = L.VHOST_USER_PROTOCOL_F_MQ;
 const BACKEND_REQ = L.VHOST_USER_PROTOCOL_F_BACKEND_REQ;
+const RESET = L.VHOST_USER_PROTOCOL_F_RESET_DEVICE;
+const STATUS = L.VHOST_USER_PROTOCOL_F_STATUS;
 const MEM_SLOTS = L.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS;
 const no = encodeU64(1n);
 const drop = "drop";
@@ -66,9 +68,12 @@ export const requests: ReadonlyMap<number, Request> = new Map<number, Request>([
     L.VHOST_USER_SET_BACKEND_REQ_FD,
     offered("SET_BACKEND_REQ_FD", 0, ackOrIgnore, handlers.setBackendReqFd, BACKEND_REQ),
   ],
+  [L.VHOST_USER_RESET_DEVICE, offered("RESET_DEVICE", 0, ackOrDrop, handlers.resetDevice, RESET)],
   [L.VHOST_USER_GET_MAX_MEM_SLOTS, offered("GET_MAX_MEM_SLOTS", 0, drop, handlers.getMaxMemSlots, MEM_SLOTS)],
   [L.VHOST_USER_ADD_MEM_REG, offered("ADD_MEM_REG", SINGLE_REGION_SIZE, ackOrDrop, handlers.addMemReg, MEM_SLOTS)],
   [L.VHOST_USER_REM_MEM_REG, offered("REM_MEM_REG", SINGLE_REGION_SIZE, ackOrDrop, handlers.remMemReg, MEM_SLOTS)],
+  [L.VHOST_USER_SET_STATUS, offered("SET_STATUS", U64_SIZE, ackOrIgnore, handlers.setStatus, STATUS)],
+  [L.VHOST_USER_GET_STATUS, offered("GET_STATUS", 0, drop, handlers.getStatus, STATUS)],
 
   [L.VHOST_USER_SET_LOG_BASE, refused("SET_LOG_BASE", ackOrDrop)],
   [L.VHOST_USER_SET_LOG_FD, refused("SET_LOG_FD", ackOrIgnore)],
@@ -87,10 +92,7 @@ export const requests: ReadonlyMap<number, Request> = new Map<number, Request>([
   [L.VHOST_USER_GET_INFLIGHT_FD, refused("GET_INFLIGHT_FD", Buffer.alloc(L.INFLIGHT_SIZE))],
   [L.VHOST_USER_SET_INFLIGHT_FD, refused("SET_INFLIGHT_FD", ackOrIgnore)],
   [L.VHOST_USER_GPU_SET_SOCKET, refused("GPU_SET_SOCKET", ackOrIgnore)],
-  [L.VHOST_USER_RESET_DEVICE, refused("RESET_DEVICE", ackOrDrop)],
   [L.VHOST_USER_VRING_KICK, refused("VRING_KICK", ackOrDrop)],
-  [L.VHOST_USER_SET_STATUS, refused("SET_STATUS", ackOrIgnore)],
-  [L.VHOST_USER_GET_STATUS, refused("GET_STATUS", drop)],
   [L.VHOST_USER_GET_SHARED_OBJECT, refused("GET_SHARED_OBJECT", drop)],
   // Bits 0-7: error; bit 8: no fd comes with the reply
   [L.VHOST_USER_SET_DEVICE_STATE_FD, refused("SET_DEVICE_STATE_FD", encodeU64(0x101n))],

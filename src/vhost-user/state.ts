@@ -10,10 +10,17 @@ import {
   MEM_SLOTS_MAX,
   VHOST_USER_PROTOCOL_F_BACKEND_REQ,
   VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
+  VHOST_USER_PROTOCOL_F_GPA_ADDRESSES,
   VHOST_USER_PROTOCOL_F_MQ,
   VHOST_USER_PROTOCOL_F_REPLY_ACK,
+  VHOST_USER_PROTOCOL_F_RESET_DEVICE,
+  VHOST_USER_PROTOCOL_F_STATUS,
 } from "../layout/vhost-user.ts";
-import { VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_RING_F_EVENT_IDX } from "../layout/virtio.ts";
+import {
+  VHOST_USER_F_PROTOCOL_FEATURES,
+  VIRTIO_CONFIG_S_FEATURES_OK,
+  VIRTIO_RING_F_EVENT_IDX,
+} from "../layout/virtio.ts";
 import type { RegionRecord } from "./codec.ts";
 import type { Device, MemoryRegion, Vring } from "./device.ts";
 import { MemoryTable } from "./memory-table.ts";
@@ -26,7 +33,10 @@ export const OFFERED_PROTOCOL_FEATURES =
   bit(VHOST_USER_PROTOCOL_F_MQ) |
   bit(VHOST_USER_PROTOCOL_F_REPLY_ACK) |
   bit(VHOST_USER_PROTOCOL_F_BACKEND_REQ) |
-  bit(VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS);
+  bit(VHOST_USER_PROTOCOL_F_RESET_DEVICE) |
+  bit(VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS) |
+  bit(VHOST_USER_PROTOCOL_F_STATUS) |
+  bit(VHOST_USER_PROTOCOL_F_GPA_ADDRESSES);
 
 export class SessionState {
   readonly device: Device;
@@ -34,6 +44,10 @@ export class SessionState {
   /** What SET_FEATURES acknowledged, bit 30 included; undefined before. */
   features: bigint | undefined;
   protocolFeatures = 0n;
+  /** The last SET_FEATURES was refused. */
+  featuresRefused = false;
+  /** The virtio device status, as the front-end reported it. */
+  status = 0;
   #table = MemoryTable.empty;
   #backendRequestFd: number | undefined;
 
@@ -138,6 +152,24 @@ export class SessionState {
     if (before !== undefined) close(before);
   }
 
+  /** Status 0 resets the device. FEATURES_OK does not stay if the features were refused: so the driver learns of it. */
+  async setStatus(status: number): Promise<void> {
+    if (status === 0) await this.resetDevice();
+    this.status = this.featuresRefused ? status & ~VIRTIO_CONFIG_S_FEATURES_OK : status;
+  }
+
+  /** All is initial again, but what front-ends send only once: memory, protocol features, err fds, back-end socket. */
+  async resetDevice(): Promise<void> {
+    for (const ring of this.vrings) {
+      await this.stop(ring);
+      ring.reset();
+    }
+    await this.device.setFeatures(0n);
+    this.features = undefined;
+    this.featuresRefused = false;
+    this.status = 0;
+  }
+
   setBackendRequestFd(fd: number): void {
     if (this.#backendRequestFd !== undefined) close(this.#backendRequestFd);
     this.#backendRequestFd = fd;
@@ -193,7 +225,8 @@ export class SessionState {
   }
 
   #translate(ring: VringState, table: MemoryTable) {
-    return ring.translate(table, ((this.features ?? 0n) & bit(VIRTIO_RING_F_EVENT_IDX)) !== 0n);
+    const space = this.isNegotiated(VHOST_USER_PROTOCOL_F_GPA_ADDRESSES) ? "gpa" : "userAddress";
+    return ring.translate(table, space, ((this.features ?? 0n) & bit(VIRTIO_RING_F_EVENT_IDX)) !== 0n);
   }
 }
 

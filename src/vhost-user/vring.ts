@@ -21,7 +21,7 @@ import {
 import type { VringAddress } from "./codec.ts";
 import type { Vring } from "./device.ts";
 import { hex } from "./memory-table.ts";
-import type { MemoryTable } from "./memory-table.ts";
+import type { AddressSpace, MemoryTable } from "./memory-table.ts";
 
 const EVENT_INDEX_SIZE = 2;
 
@@ -38,7 +38,7 @@ export class VringState {
   base = 0;
   enabled = false;
   kicked = false;
-  /** User addresses, as SET_VRING_ADDR gave them. */
+  /** As SET_VRING_ADDR gave them: user addresses, or with GPA_ADDRESSES guest physical ones. */
   addresses: Areas | undefined;
   /** Guest physical addresses of the areas while the device runs the ring. */
   running: Areas | undefined;
@@ -57,12 +57,12 @@ export class VringState {
   }
 
   /** Guest physical addresses of the areas; undefined when size or addresses are missing or no region holds an area. */
-  translate(table: MemoryTable, hasEventIndex: boolean): Areas | undefined {
+  translate(table: MemoryTable, space: AddressSpace, hasEventIndex: boolean): Areas | undefined {
     if (this.size === 0 || this.addresses === undefined) return undefined;
     const sizes = areaSizes(this.size, hasEventIndex);
-    const desc = table.translate(this.addresses.desc, sizes.desc);
-    const avail = table.translate(this.addresses.avail, sizes.avail);
-    const used = table.translate(this.addresses.used, sizes.used);
+    const desc = table.translate(this.addresses.desc, sizes.desc, space);
+    const avail = table.translate(this.addresses.avail, sizes.avail, space);
+    const used = table.translate(this.addresses.used, sizes.used, space);
     if (desc === undefined || avail === undefined || used === undefined) return undefined;
     return misaligned({ desc, avail, used }) === undefined ? { desc, avail, used } : undefined;
   }
@@ -75,6 +75,13 @@ export class VringState {
     this.running = undefined;
     this.replaceFd("kick", undefined);
     this.replaceFd("call", undefined);
+  }
+
+  /** Forgets the rest, of a ring that was stopped: what a device reset ends. */
+  reset(): void {
+    this.size = 0;
+    this.base = 0;
+    this.enabled = false;
   }
 
   /** Owns the new fd, closes the old one. */

@@ -10,6 +10,7 @@ import { NetDriver, type NetDriverOptions } from "../../src/driver/net.ts";
 import {
   VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
   VHOST_USER_PROTOCOL_F_REPLY_ACK,
+  VHOST_USER_PROTOCOL_F_STATUS,
 } from "../../src/layout/vhost-user.ts";
 import type { MemoryRegion } from "../../src/vhost-user/device.ts";
 import { mappings } from "../memory/mappings.ts";
@@ -17,6 +18,7 @@ import { exchange, frame } from "./traffic.ts";
 
 const MIB = 1n << 20n;
 const GIB = 1n << 30n;
+const REPLY_ACK = 1n << BigInt(VHOST_USER_PROTOCOL_F_REPLY_ACK);
 const ORDINARY: RegionPlan[] = [{ gpa: 0n, sizeBytes: 64n * MIB }];
 
 let directory: string;
@@ -138,12 +140,11 @@ describe("regions that come and go while frames flow", () => {
     { gpa: GIB, sizeBytes: 64n * MIB },
     { gpa: 3n * GIB, sizeBytes: 3n * MIB },
   ];
-  const memSlots = [VHOST_USER_PROTOCOL_F_REPLY_ACK, VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS];
 
   async function connectSlots(): Promise<{ a: NetDriver; regions: readonly MemoryRegion[] }> {
     const guest = open.use(new Guest(plan));
     const a = open.use(await NetDriver.connect({ path: path("a"), guest, gpa: GIB }));
-    await a.frontend.setProtocolFeatures(memSlots.reduce((mask, bit) => mask | (1n << BigInt(bit)), 0n));
+    await a.frontend.setProtocolFeatures(REPLY_ACK | (1n << BigInt(VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)));
     return { a, regions: guest.regions };
   }
 
@@ -214,6 +215,23 @@ describe("regions that come and go while frames flow", () => {
     for (const region of regions.toReversed()) await a.frontend.remMemReg(region);
     await exchange(b, a, 50);
   });
+});
+
+it("BI-049: SET_STATUS 0 in the middle of a burst: from its ack on the guest's memory is not touched", async () => {
+  await start({ links: [[port("a"), port("b")]] });
+  const a = await connect("a");
+  const guest = open.use(new Guest(ORDINARY));
+  const b = open.use(await NetDriver.connect({ path: path("b"), guest }));
+  await b.frontend.setProtocolFeatures(REPLY_ACK | (1n << BigInt(VHOST_USER_PROTOCOL_F_STATUS)));
+  const burst = exchange(a, b, 20_000).catch(() => "cut off");
+  await expect.poll(() => lane("a").packets).toBeGreaterThan(500);
+  await b.frontend.setStatus(0);
+  const { usedGpa, size } = b.pairs[0]!.receiveq;
+  const used = () => Buffer.from(guest.read(usedGpa, 4 + 8 * size)).toString("hex");
+  const before = used();
+  await expect.poll(() => lane("a").drops.noReceiver).toBeGreaterThan(500);
+  expect(used()).toBe(before);
+  expect(await burst).toBe("cut off");
 });
 
 describe("a receiver without buffers", () => {

@@ -71,6 +71,17 @@ describe.skipIf(missing !== undefined)(`DPDK testpmd, one link${missing ? `: ${m
     await testpmd.quit();
   });
 
+  test("ports stopped and started again reset the device by its status, and forward again", async () => {
+    await using testpmd = await start({ mergeable: true });
+    await forward(testpmd);
+    await testpmd.command("port stop all");
+    await testpmd.command("port start all");
+    await testpmd.command("clear port stats all");
+    await forward(testpmd);
+    expect(relay.log).not.toMatch(/refused/);
+    await testpmd.quit();
+  });
+
   test("testpmd started again on the same sockets forwards again, after a clean end and after SIGKILL", async () => {
     for (const end of ["quit", "kill", "quit"] as const) {
       await using testpmd = await start({ mergeable: true });

@@ -30,13 +30,13 @@ function slot(rig: Rig, fd: number, n: number) {
 }
 
 describe("CONFIGURE_MEM_SLOTS", () => {
-  it("7: GET_MAX_MEM_SLOTS is 509, as QEMU and libvhost-user have it", async () => {
+  it("PROTOCOL, 7: GET_MAX_MEM_SLOTS is 509, as QEMU and libvhost-user have it", async () => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
     expect(await frontend.getMaxMemSlots()).toBe(509);
   });
 
-  it("7: ADD_MEM_REG brings the device this region only, with its fd; REM_MEM_REG takes it away", async () => {
+  it("PROTOCOL, 7: ADD_MEM_REG brings the device this region only, with its fd; REM_MEM_REG takes it away", async () => {
     const { rig, frontend } = await ready();
     await using _ = rig;
     const region = slot(rig, rig.memfd(), 0);
@@ -49,7 +49,7 @@ describe("CONFIGURE_MEM_SLOTS", () => {
     expect(rig.device.calls).toEqual([{ name: "removeMemory", gpa: 0n }]);
   });
 
-  it("4: regions added to an empty table serve a ring as those of SET_MEM_TABLE do", async () => {
+  it("PROTOCOL, 4: regions added to an empty table serve a ring as those of SET_MEM_TABLE do", async () => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
     await frontend.addMemReg(rig.region());
@@ -98,7 +98,7 @@ describe("CONFIGURE_MEM_SLOTS", () => {
     ["BI-067: overlaps in user addresses", { userAddress: USER_ADDRESS }],
     ["BI-061: gpa + size wraps", { gpa: (1n << 64n) - 0x1000n + 1n }],
     ["BI-073: the file ends before it", { mmapOffset: SIZE }],
-    ["4.1: size 0", { sizeBytes: 0n }],
+    ["PROTOCOL, 4.1: size 0", { sizeBytes: 0n }],
   ])("%s: ADD_MEM_REG is refused", async (_name, change) => {
     const { rig, frontend } = await ready();
     await using _ = rig;
@@ -118,7 +118,7 @@ describe("CONFIGURE_MEM_SLOTS", () => {
     expect(rig.device.calls).toMatchObject([{ name: "startVring", vring: GPA_AREAS }]);
   });
 
-  it("7: REM_MEM_REG goes by gpa, user address and size; the mmap offset is ignored", async () => {
+  it("PROTOCOL, 7: REM_MEM_REG goes by gpa, user address and size; the mmap offset is ignored", async () => {
     const { rig, frontend } = await ready();
     await using _ = rig;
     await frontend.remMemReg({ ...rig.region(), mmapOffset: 0x5000n });
@@ -134,14 +134,14 @@ describe("CONFIGURE_MEM_SLOTS", () => {
     expect(openFds()).toBe(fds + 1);
   });
 
-  it("4.1: without the protocol feature both are refused", async () => {
+  it("PROTOCOL, 4.1: without the protocol feature both are refused", async () => {
     const { rig, frontend } = await negotiated(REPLY_ACK);
     await using _ = rig;
     await expect(frontend.addMemReg(rig.region())).rejects.toThrow(/refused/);
     await expect(frontend.remMemReg(rig.region())).rejects.toThrow(/refused/);
   });
 
-  it("4: refused without REPLY_ACK, ADD_MEM_REG closes the connection: the front-end would count on the region", async () => {
+  it("PROTOCOL, 4: refused without REPLY_ACK, ADD_MEM_REG closes the connection: the front-end would count on the region", async () => {
     const { rig, frontend } = await negotiated(MEM_SLOTS);
     await using _ = rig;
     await frontend.send(encodeMessage(L.VHOST_USER_ADD_MEM_REG, 0, encodeSingleRegion(rig.region())));
@@ -149,7 +149,7 @@ describe("CONFIGURE_MEM_SLOTS", () => {
   });
 });
 
-describe("5: regions come and go while rings run", () => {
+describe("PROTOCOL, 5: regions come and go while rings run", () => {
   it("a ring elsewhere is not touched", async () => {
     const { rig, frontend } = await started();
     await using _ = rig;

@@ -15,6 +15,7 @@ import {
   expectDropped,
   EVENT_IDX,
   GPA,
+  GPA_ADDRESSES,
   GPA_AREAS,
   MEMORY_SIZE,
   negotiated,
@@ -22,6 +23,7 @@ import {
   RING_SIZE,
   started,
   USER_ADDRESS,
+  USUAL_PROTOCOL_FEATURES,
   VERSION_1,
 } from "./rig.ts";
 
@@ -297,6 +299,35 @@ describe("PROTOCOL, 4.1: each ring area lies fully inside one region", () => {
     await frontend.setVringNum(0, RING_SIZE);
     await frontend.setVringAddr(0, { ...AREAS, desc: USER_ADDRESS + half });
     await expect(frontend.setVringAddr(0, { ...AREAS, desc: USER_ADDRESS + half - 16n })).rejects.toThrow(/refused/);
+  });
+
+  it("PROTOCOL, 7: with GPA_ADDRESSES ring addresses are guest physical ones, and user addresses are none", async () => {
+    const { rig, frontend } = await negotiated(USUAL_PROTOCOL_FEATURES | GPA_ADDRESSES);
+    await using _ = rig;
+    await frontend.setMemTable([rig.region()]);
+    await frontend.setVringNum(0, RING_SIZE);
+    await expect(frontend.setVringAddr(0, AREAS)).rejects.toThrow(/refused/);
+    await frontend.setVringAddr(0, GPA_AREAS);
+    await frontend.setVringKick(0, rig.eventfd());
+    expect(rig.device.lastVring).toMatchObject(GPA_AREAS);
+  });
+
+  it("PROTOCOL, 7: without it a guest physical address is none", async () => {
+    const { rig, frontend } = await ready();
+    await using _ = rig;
+    await expect(frontend.setVringAddr(0, GPA_AREAS)).rejects.toThrow(/refused/);
+  });
+
+  it("PROTOCOL, 7: with GPA_ADDRESSES a ring stays where it is when its region gets another user address", async () => {
+    const { rig, frontend } = await negotiated(USUAL_PROTOCOL_FEATURES | GPA_ADDRESSES);
+    await using _ = rig;
+    await frontend.setMemTable([rig.region()]);
+    await frontend.setVringNum(0, RING_SIZE);
+    await frontend.setVringAddr(0, GPA_AREAS);
+    await frontend.setVringKick(0, rig.eventfd());
+    rig.device.takeNames();
+    await frontend.setMemTable([{ ...rig.region(), userAddress: GPA }]);
+    expect(rig.device.calls).toMatchObject([{ name: "setMemory", vrings: [GPA_AREAS] }]);
   });
 
   it("PROTOCOL, 3: SET_VRING_ADDR carries used before avail, in user addresses; the device gets guest physical ones", async () => {

@@ -5,7 +5,7 @@ import { requests } from "../../src/vhost-user/requests.ts";
 import type { Frontend } from "../../src/vhost-user/frontend.ts";
 import {
   ackOf,
-  ALL_PROTOCOL_FEATURES,
+  USUAL_PROTOCOL_FEATURES,
   barrier,
   expectDropped,
   MQ,
@@ -113,7 +113,7 @@ describe("PROTOCOL, 4.1: payload sizes", () => {
   it.each(sized.filter(([, { refusal }]) => refusal !== "drop"))(
     "BI-009, BI-011: request %i is refused with a byte less, a byte more, or none",
     async (id, request) => {
-      const { rig, frontend } = await negotiated(ALL_PROTOCOL_FEATURES);
+      const { rig, frontend } = await negotiated(USUAL_PROTOCOL_FEATURES);
       await using _ = rig;
       await barrier(frontend);
       rig.device.takeNames();

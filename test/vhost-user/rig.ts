@@ -28,7 +28,11 @@ export const REPLY_ACK = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_REPLY_ACK);
 export const BACKEND_REQ = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_BACKEND_REQ);
 export const MQ = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_MQ);
 export const MEM_SLOTS = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS);
-export const ALL_PROTOCOL_FEATURES = MQ | REPLY_ACK | BACKEND_REQ | MEM_SLOTS;
+export const GPA_ADDRESSES = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_GPA_ADDRESSES);
+export const RESET_DEVICE = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_RESET_DEVICE);
+export const STATUS = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_STATUS);
+/** What a front-end of today negotiates: all that is offered, but ring addresses are its own. */
+export const USUAL_PROTOCOL_FEATURES = MQ | REPLY_ACK | BACKEND_REQ | RESET_DEVICE | MEM_SLOTS | STATUS;
 
 export type Call =
   | { name: "setFeatures"; features: bigint }
@@ -162,8 +166,10 @@ export class Rig implements AsyncDisposable {
   }
 }
 
-/** A served rig whose front-end has negotiated everything offered. */
-export async function negotiated(protocolFeatures = ALL_PROTOCOL_FEATURES): Promise<{ rig: Rig; frontend: Frontend }> {
+/** A served rig whose front-end has negotiated. */
+export async function negotiated(
+  protocolFeatures = USUAL_PROTOCOL_FEATURES,
+): Promise<{ rig: Rig; frontend: Frontend }> {
   const rig = new Rig();
   rig.serve();
   const frontend = rig.connect();
@@ -176,7 +182,7 @@ export async function negotiated(protocolFeatures = ALL_PROTOCOL_FEATURES): Prom
 /** The same with a memory table of one region and ring `index` ready but for its kick. */
 export async function ready(
   index = 0,
-  protocolFeatures = ALL_PROTOCOL_FEATURES,
+  protocolFeatures = USUAL_PROTOCOL_FEATURES,
 ): Promise<{ rig: Rig; frontend: Frontend }> {
   const { rig, frontend } = await negotiated(protocolFeatures);
   await frontend.setMemTable([rig.region()]);
@@ -191,7 +197,7 @@ export async function ready(
 /** The same with ring `index` started. */
 export async function started(
   index = 0,
-  protocolFeatures = ALL_PROTOCOL_FEATURES,
+  protocolFeatures = USUAL_PROTOCOL_FEATURES,
 ): Promise<{ rig: Rig; frontend: Frontend }> {
   const { rig, frontend } = await ready(index, protocolFeatures);
   await frontend.setVringKick(index, rig.eventfd());

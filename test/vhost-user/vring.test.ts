@@ -6,7 +6,7 @@ import * as L from "../../src/layout/vhost-user.ts";
 import { decodeVringState, encodeU64, encodeVringAddress, encodeVringState } from "../../src/vhost-user/codec.ts";
 import {
   ackOf,
-  ALL_PROTOCOL_FEATURES,
+  USUAL_PROTOCOL_FEATURES,
   AREAS,
   barrier,
   BIT_30,
@@ -375,7 +375,7 @@ describe("PROTOCOL, 4.1: numbers", () => {
   });
 
   it("PROTOCOL, 4: GET_VRING_BASE echoes the index beside the base", async () => {
-    const { rig, frontend } = await ready(2, ALL_PROTOCOL_FEATURES);
+    const { rig, frontend } = await ready(2, USUAL_PROTOCOL_FEATURES);
     await using _ = rig;
     await frontend.setVringBase(2, 3);
     const reply = await frontend.request(L.VHOST_USER_GET_VRING_BASE, encodeVringState({ index: 2, num: 0 }));
