@@ -1,0 +1,10 @@
+import { pinThread } from "../native/sched.ts";
+import { wasmCarrier } from "./carriers.ts";
+import { measure } from "./measure.ts";
+import { Rig } from "./rig.ts";
+pinThread(0);
+const rig = new Rig();
+const carriers = [wasmCarrier(rig, 1)];
+const f = await measure({rig,carriers,rounds:60,driverCpu:1}, "hot", {frameBytes:64,layout:process.argv[2] as any});
+const med=(a:number[])=>a.toSorted((x,y)=>x-y)[a.length>>1]!;
+console.log(process.argv[2], med(f[0]!.ns));
