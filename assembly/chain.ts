@@ -4,7 +4,13 @@
  * Every descriptor is read exactly once, as two 64-bit words; what is checked is what is used. A chain is refused
  * whole if any rule is broken, and then nothing of it is read or written.
  */
-import { DESC_SIZE, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE } from "../src/layout/virtio.ts";
+import {
+  DESC_LEN,
+  DESC_SIZE,
+  VRING_DESC_F_INDIRECT,
+  VRING_DESC_F_NEXT,
+  VRING_DESC_F_WRITE,
+} from "../src/layout/virtio.ts";
 import {
   PIECE_BYTES,
   PIECE_LENGTH,
@@ -17,47 +23,59 @@ import {
   VRING_SIZE,
 } from "../src/layout/lane.ts";
 import { end, load64, load8 } from "./guest";
-import { offset, segment, translate } from "./translate";
+import { NOWHERE, offset, offsetInHit, segment, translate } from "./translate";
+import { vringOf } from "./vring";
 
 /** What the last walk found: the sum of all lengths, and the place behind its last piece. */
 export let chainBytes: u64 = 0;
 export let piecesEnd: usize = 0;
 
+/** The first word of a descriptor in the ring, its address. @param index below the ring size */
+export function loadDescAddress<E>(index: u32): u64 {
+  const vring = vringOf<E>();
+  return load64(end<E>(), load<u32>(vring, VRING_DESC_SEGMENT), load<u64>(vring, VRING_DESC) + <u64>index * DESC_SIZE);
+}
+
+/** Its second word: length | flags << 32 | next << 48. */
+export function loadDescRest<E>(index: u32): u64 {
+  const vring = vringOf<E>();
+  const table = load<u64>(vring, VRING_DESC);
+  return load64(end<E>(), load<u32>(vring, VRING_DESC_SEGMENT), table + <u64>index * DESC_SIZE + DESC_LEN);
+}
+
 /**
- * Walks the chain that starts at `head` (checked by the caller to be below the ring size) and writes pieces for its
+ * The short way for the usual chain, one descriptor whose buffer lies in one piece where the last one did: its offset in
+ * hitSegment(). NOWHERE says that it must be walked.
+ */
+export function offsetOfOnly<E>(address: u64, rest: u64): u64 {
+  const links: u64 = (<u64>(VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT | VRING_DESC_F_WRITE)) << 32;
+  const expected: u64 = end<E>() ? (<u64>VRING_DESC_F_WRITE) << 32 : 0;
+  return (rest & links) == expected ? offsetInHit<E>(address, rest & 0xffff_ffff) : NOWHERE;
+}
+
+/**
+ * Walks a chain from its first descriptor, which has been loaded (`address`, `rest`), and writes pieces for its
  * first `wanted` bytes from `pieces` on. All of it must be mapped, and readable for the source, writable for the
  * destination.
  * @returns false if the chain breaks a rule: loops or is longer than the ring, next index out of range, wrong direction,
  *   indirect where it may not be, memory that is not there
  */
-export function walk<E>(vring: usize, head: u32, pieces: usize, wanted: u64): bool {
+export function walk<E>(address: u64, rest: u64, pieces: usize, wanted: u64): bool {
+  const vring = vringOf<E>();
   const size = load<u32>(vring, VRING_SIZE);
   const direction = end<E>() ? VRING_DESC_F_WRITE : 0;
   let tableSegment = load<u32>(vring, VRING_DESC_SEGMENT);
   let table = load<u64>(vring, VRING_DESC);
   let entries = size;
-  let index = head;
   let indirect = false;
   let scattered = false; // an indirect table in several extents: `table` is then a gpa
   chainBytes = 0;
   piecesEnd = pieces;
 
-  for (let step: u32 = 0; step < size;) {
-    const at = table + <u64>index * DESC_SIZE;
-    let address: u64, rest: u64;
-    if (!scattered) {
-      address = load64(end<E>(), tableSegment, at);
-      rest = load64(end<E>(), tableSegment, at + 8);
-    } else {
-      if (!gather64<E>(at)) return false;
-      address = gathered;
-      if (!gather64<E>(at + 8)) return false;
-      rest = gathered;
-    }
+  for (let buffers: u32 = 0; buffers < size;) {
     const length = <u32>rest;
     const flags = <u32>(rest >> 32) & 0xffff;
-    const next = <u32>(rest >> 48);
-
+    let next = <u32>(rest >> 48);
     if (flags & VRING_DESC_F_INDIRECT) {
       if (indirect || flags & VRING_DESC_F_NEXT || !(load<u32>(vring, VRING_FLAGS) & VRING_INDIRECT)) return false;
       if (length == 0 || length % DESC_SIZE) return false;
@@ -67,16 +85,26 @@ export function walk<E>(vring: usize, head: u32, pieces: usize, wanted: u64): bo
       table = scattered ? address : offset;
       tableSegment = segment;
       entries = length / DESC_SIZE;
-      index = 0;
+      next = 0;
       indirect = true;
-      continue;
+    } else {
+      if ((flags & VRING_DESC_F_WRITE) != direction) return false;
+      if (length != 0 && !append<E>(address, length, wanted)) return false;
+      if (!(flags & VRING_DESC_F_NEXT)) return true;
+      if (next >= entries) return false;
+      ++buffers;
     }
-    if ((flags & VRING_DESC_F_WRITE) != direction) return false;
-    if (length != 0 && !append<E>(address, length, wanted)) return false;
-    if (!(flags & VRING_DESC_F_NEXT)) return true;
-    if (next >= entries) return false;
-    index = next;
-    ++step;
+
+    const at = table + <u64>next * DESC_SIZE;
+    if (!scattered) {
+      address = load64(end<E>(), tableSegment, at);
+      rest = load64(end<E>(), tableSegment, at + DESC_LEN);
+    } else {
+      if (!gather64<E>(at)) return false;
+      address = gathered;
+      if (!gather64<E>(at + DESC_LEN)) return false;
+      rest = gathered;
+    }
   }
   return false;
 }

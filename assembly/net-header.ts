@@ -9,24 +9,32 @@ import { NET_HDR_NUM_BUFFERS, NET_HDR_SIZE } from "../src/layout/virtio.ts";
 import { PIECE_BYTES, PIECE_LENGTH, PIECE_OFFSET, PIECE_SEGMENT } from "../src/layout/lane.ts";
 import { Destination, Source, end, load16, load8, store16, store32, store64, store8 } from "./guest";
 
-/** Whether the header in the source pieces asks for an offload: flags and gso_type, its first two bytes. */
+/** Whether a header asks for an offload: flags and gso_type, its first two bytes. */
+export function isOffloadHeader(segment: u32, at: u64): bool {
+  return load16(end<Source>(), segment, at) != 0;
+}
+
+/** The same of a header that lies in pieces. */
 export function asksForOffload(piece: usize): bool {
   const segment = load<u32>(piece, PIECE_SEGMENT);
   const at = load<u64>(piece, PIECE_OFFSET);
-  if (load<u32>(piece, PIECE_LENGTH) >= 2) return load16(end<Source>(), segment, at) != 0;
+  if (load<u32>(piece, PIECE_LENGTH) >= 2) return isOffloadHeader(segment, at);
   const second = piece + PIECE_BYTES;
   const flags = load8(end<Source>(), segment, at);
   return (flags | load8(end<Source>(), load<u32>(second, PIECE_SEGMENT), load<u64>(second, PIECE_OFFSET))) != 0;
 }
 
-/** Writes a header without offloads into the destination pieces, which hold at least `size` bytes. */
-export function storeHeader(piece: usize, size: u32, numBuffers: u32): void {
-  const segment = load<u32>(piece, PIECE_SEGMENT);
-  const at = load<u64>(piece, PIECE_OFFSET);
+/** Writes a header without offloads. @param size NET_HDR_SIZE or NET_HDR_SIZE_LEGACY */
+export function storeHeader(segment: u32, at: u64, size: u32, numBuffers: u32): void {
+  store64(end<Destination>(), segment, at, 0);
+  if (size == NET_HDR_SIZE) store32(end<Destination>(), segment, at + 8, numBuffers << 16);
+  else store16(end<Destination>(), segment, at + 8, 0);
+}
+
+/** The same into pieces, which hold at least `size` bytes. */
+export function storeHeaderPieces(piece: usize, size: u32, numBuffers: u32): void {
   if (load<u32>(piece, PIECE_LENGTH) >= size) {
-    store64(end<Destination>(), segment, at, 0);
-    if (size == NET_HDR_SIZE) store32(end<Destination>(), segment, at + 8, numBuffers << 16);
-    else store16(end<Destination>(), segment, at + 8, 0);
+    storeHeader(load<u32>(piece, PIECE_SEGMENT), load<u64>(piece, PIECE_OFFSET), size, numBuffers);
     return;
   }
   let into: u32 = 0;

@@ -4,6 +4,9 @@
  * A frame either arrives whole or not at all. Receive chains are collected and validated before the first byte is
  * written; if there are too few, nothing has happened and the transmit chain stays where it is: the lane waits for
  * buffers (the poller decides how long) and the source ring is its queue.
+ *
+ * The usual frame is one descriptor that goes into one descriptor: that way keeps everything in registers. Whatever else is
+ * legal goes through lists of pieces.
  */
 import {
   COUNT_BATCHES,
@@ -17,21 +20,11 @@ import {
   COUNT_DROP_NO_BUFFER,
   COUNT_DROP_NO_RECEIVER,
   COUNT_DROP_TOO_SMALL,
-  COUNT_MALFORMED,
   COUNT_PACKETS,
-  COUNT_WAITS,
   DESTINATION_PIECES,
   DESTINATION_VRING,
   FRAME_BYTES_MAX,
   FRAME_BYTES_MIN,
-  MERGED_BYTES,
-  MERGED_CHAINS,
-  MERGED_HEAD,
-  MERGED_WRITTEN,
-  PIECE_BYTES,
-  PIECE_LENGTH,
-  PIECE_OFFSET,
-  PIECE_SEGMENT,
   POLL_BROKE_DESTINATION,
   POLL_BROKE_SOURCE,
   POLL_CALL_DESTINATION,
@@ -42,13 +35,12 @@ import {
   VRING_ENABLED,
   VRING_FLAGS,
   VRING_HEADER_SIZE,
-  VRING_MERGEABLE,
   VRING_SINK,
   VRING_SIZE,
 } from "../../src/layout/lane.ts";
-import { chainBytes, piecesEnd, walk } from "../chain";
+import { chainBytes, loadDescAddress, loadDescRest, offsetOfOnly, walk } from "../chain";
 import { Destination, Source, copy } from "../guest";
-import { asksForOffload, storeHeader } from "../net-header";
+import { asksForOffload, isOffloadHeader, storeHeader, storeHeaderPieces } from "../net-header";
 import { isCallDue, isCallUndecided, requestKick, suppressKicks } from "../notify";
 import {
   breakRing,
@@ -61,17 +53,34 @@ import {
   setNextAvail,
 } from "../split";
 import { count } from "../stats";
+import { NOWHERE, hitSegment } from "../translate";
+import {
+  BUFFERS_BROKEN,
+  BUFFERS_NONE,
+  BUFFERS_READY,
+  BUFFERS_TOO_SMALL,
+  NOT_WAITING,
+  beginBuffers,
+  collectBuffers,
+  giveMerged,
+  mergedCount,
+  peekBuffer,
+  stopWaiting,
+  waitForBuffers,
+  waitingAt,
+} from "./buffers";
+import { copyPieces } from "./pieces";
 
 /** What became of one transmit chain. */
 const DELIVERED: u32 = 0;
 const DROPPED: u32 = 1;
 const NO_BUFFERS: u32 = 2;
 
-const NOT_WAITING: u32 = 0x1_0000;
-/** The destination's avail index when it had too few buffers: there is no point in looking before it moves. */
-let waitingAt: u32 = NOT_WAITING;
-/** The destination's avail index as last loaded: entries before it may be taken. */
-let availLimit: u32 = 0;
+/** Whether the destination takes frames; settled anew by each poll. */
+let receiving: bool = false;
+let brokeDestination: bool = false;
+/** Of the frame delivered last. */
+let frameBytes: u64 = 0;
 
 /**
  * Carries up to `budget` frames.
@@ -80,7 +89,7 @@ let availLimit: u32 = 0;
  */
 export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
   if (!isRunning<Source>()) return 0;
-  const receiving = isReceiving();
+  receiving = isReceiving();
   if (waitingAt != NOT_WAITING && !dropWhenStuck && receiving) {
     if (loadAvailIndex<Destination>() == waitingAt) return POLL_WAITING;
   }
@@ -95,7 +104,7 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
   }
 
   let result: u32 = 0;
-  if (receiving) availLimit = nextAvail<Destination>();
+  if (receiving) beginBuffers();
   const limit = min(pending, budget);
   let taken: u32 = 0;
   let delivered: u64 = 0;
@@ -152,46 +161,59 @@ export function ignoreKicks(): void {
   if (isRunning<Destination>()) suppressKicks<Destination>();
 }
 
-/** After the control plane has changed a ring: whatever was waited for may be different now. */
-export function forgetWait(): void {
-  waitingAt = NOT_WAITING;
-}
-
-let frameBytes: u64 = 0;
-
 /** Carries the frame of one transmit chain. @returns DELIVERED, DROPPED (counted), or NO_BUFFERS (nothing was changed) */
 function carryFrame(head: u32): u32 {
   if (!(load<u32>(SOURCE_VRING, VRING_FLAGS) & VRING_ENABLED)) return drop(COUNT_DROP_DISABLED);
   const headerBytes = load<u32>(SOURCE_VRING, VRING_HEADER_SIZE);
   const bytesMax: u64 = headerBytes + FRAME_BYTES_MAX;
-  if (!walk<Source>(SOURCE_VRING, head, SOURCE_PIECES, bytesMax)) return drop(COUNT_DROP_MALFORMED);
-  if (chainBytes < headerBytes + FRAME_BYTES_MIN || chainBytes > bytesMax) return drop(COUNT_DROP_BAD_FRAME);
-  if (asksForOffload(SOURCE_PIECES)) return drop(COUNT_DROP_BAD_FRAME);
-  frameBytes = chainBytes - headerBytes;
-
-  if (!isReceiving()) {
+  const address = loadDescAddress<Source>(head);
+  const rest = loadDescRest<Source>(head);
+  const from = offsetOfOnly<Source>(address, rest);
+  let bytes: u64 = rest & 0xffff_ffff;
+  if (from == NOWHERE) {
+    if (!walk<Source>(address, rest, SOURCE_PIECES, bytesMax)) return drop(COUNT_DROP_MALFORMED);
+    bytes = chainBytes;
+  }
+  if (bytes < headerBytes + FRAME_BYTES_MIN || bytes > bytesMax) return drop(COUNT_DROP_BAD_FRAME);
+  if (from == NOWHERE ? asksForOffload(SOURCE_PIECES) : isOffloadHeader(hitSegment<Source>(), from)) {
+    return drop(COUNT_DROP_BAD_FRAME);
+  }
+  frameBytes = bytes - headerBytes;
+  if (!receiving) {
     if (load<u32>(DESTINATION_VRING, VRING_FLAGS) & VRING_SINK) return DELIVERED;
     return drop(COUNT_DROP_NO_RECEIVER);
   }
-  const single = piecesEnd == SOURCE_PIECES + PIECE_BYTES;
-  const outcome = collectBuffers(<u32>frameBytes);
-  if (outcome != DELIVERED) return outcome;
-  const numBuffers = <u32>(mergedEnd - MERGED_CHAINS) / MERGED_BYTES;
+
+  const next = nextAvail<Destination>();
+  const found = peekBuffer(next);
+  if (found != BUFFERS_READY) return found == BUFFERS_NONE ? waitFor(next) : breakDestination();
+  const buffer = loadHead<Destination>(next);
+  if (buffer >= load<u32>(DESTINATION_VRING, VRING_SIZE)) return breakDestination();
+  const bufferAddress = loadDescAddress<Destination>(buffer);
+  const bufferRest = loadDescRest<Destination>(buffer);
   const toHeaderBytes = load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE);
-  storeHeader(DESTINATION_PIECES, toHeaderBytes, numBuffers);
-  if (single && piecesEnd == DESTINATION_PIECES + PIECE_BYTES) {
-    copy(
-      load<u32>(DESTINATION_PIECES, PIECE_SEGMENT),
-      load<u64>(DESTINATION_PIECES, PIECE_OFFSET) + toHeaderBytes,
-      load<u32>(SOURCE_PIECES, PIECE_SEGMENT),
-      load<u64>(SOURCE_PIECES, PIECE_OFFSET) + headerBytes,
-      <u32>frameBytes,
-    );
-  } else copyPieces(toHeaderBytes, headerBytes, <u32>frameBytes);
-  for (let chain: usize = MERGED_CHAINS; chain < mergedEnd; chain += MERGED_BYTES) {
-    giveUsed<Destination>(load<u32>(chain, MERGED_HEAD), load<u32>(chain, MERGED_WRITTEN));
+  const needed = toHeaderBytes + <u32>frameBytes;
+  const to = offsetOfOnly<Destination>(bufferAddress, bufferRest);
+  if (from != NOWHERE && to != NOWHERE && <u32>bufferRest >= needed) {
+    setNextAvail<Destination>(next + 1);
+    stopWaiting();
+    storeHeader(hitSegment<Destination>(), to, toHeaderBytes, 1);
+    copy(hitSegment<Destination>(), to + toHeaderBytes, hitSegment<Source>(), from + headerBytes, <u32>frameBytes);
+    giveUsed<Destination>(buffer, needed);
+    return DELIVERED;
   }
-  return DELIVERED;
+
+  const collected = collectBuffers(needed, next, buffer, bufferAddress, bufferRest);
+  if (collected == BUFFERS_READY) {
+    // What was one piece before is one piece now.
+    if (from != NOWHERE) walk<Source>(address, rest, SOURCE_PIECES, bytesMax);
+    storeHeaderPieces(DESTINATION_PIECES, toHeaderBytes, mergedCount());
+    copyPieces(toHeaderBytes, headerBytes, <u32>frameBytes);
+    giveMerged();
+    return DELIVERED;
+  }
+  if (collected == BUFFERS_NONE) return NO_BUFFERS;
+  return collected == BUFFERS_TOO_SMALL ? drop(COUNT_DROP_TOO_SMALL) : breakDestination();
 }
 
 function drop(reason: usize): u32 {
@@ -199,90 +221,22 @@ function drop(reason: usize): u32 {
   return DROPPED;
 }
 
-/** Whether the destination's receiveq takes frames. */
-function isReceiving(): bool {
-  return isRunning<Destination>() && (load<u32>(DESTINATION_VRING, VRING_FLAGS) & VRING_ENABLED) != 0;
-}
-
-let mergedEnd: usize = 0;
-
-/**
- * Takes receive chains until they hold header and frame. A malformed chain is returned with length 0, and so are those
- * taken for this frame before it: the entries of one frame must be neighbours in the used ring.
- * @returns DELIVERED (chains in MERGED_CHAINS, pieces in DESTINATION_PIECES), NO_BUFFERS, DROPPED; in the last two cases
- *   no chain is consumed
- */
-function collectBuffers(frame: u32): u32 {
-  const size = load<u32>(DESTINATION_VRING, VRING_SIZE);
-  const mergeable = load<u32>(DESTINATION_VRING, VRING_FLAGS) & VRING_MERGEABLE;
-  const needed: u64 = load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE) + frame;
-  let next = nextAvail<Destination>();
-  let got: u64 = 0;
-  let pieces: usize = DESTINATION_PIECES;
-  mergedEnd = MERGED_CHAINS;
-
-  for (let step: u32 = 0; step <= size; ++step) {
-    if (next == availLimit) {
-      availLimit = loadAvailIndex<Destination>();
-      // Counted from the chains already taken: an index that runs backwards meanwhile is no index either.
-      const taken = (next - nextAvail<Destination>()) & 0xffff;
-      if (((availLimit - next) & 0xffff) + taken > size) return breakDestination();
-      if (next == availLimit) return taken == size ? drop(COUNT_DROP_TOO_SMALL) : wait(next);
-    }
-    const head = loadHead<Destination>(next);
-    if (head >= size) return breakDestination();
-    next = (next + 1) & 0xffff;
-    if (
-      !walk<Destination>(DESTINATION_VRING, head, pieces, needed - got) ||
-      chainBytes == 0 ||
-      chainBytes > u32.MAX_VALUE
-    ) {
-      returnUnused(head);
-      setNextAvail<Destination>(next);
-      got = 0;
-      pieces = DESTINATION_PIECES;
-      mergedEnd = MERGED_CHAINS;
-      continue;
-    }
-    if (!mergeable && chainBytes < needed) return drop(COUNT_DROP_TOO_SMALL);
-    const written = min(chainBytes, needed - got);
-    store<u32>(mergedEnd, head, MERGED_HEAD);
-    store<u32>(mergedEnd, <u32>written, MERGED_WRITTEN);
-    mergedEnd += MERGED_BYTES;
-    got += written;
-    pieces = piecesEnd;
-    if (got == needed) {
-      setNextAvail<Destination>(next);
-      waitingAt = NOT_WAITING;
-      return DELIVERED;
-    }
-  }
-  return wait(next);
-}
-
-/** Gives back a malformed receive chain and those already taken for the same frame, all with length 0. */
-function returnUnused(head: u32): void {
-  for (let chain: usize = MERGED_CHAINS; chain < mergedEnd; chain += MERGED_BYTES) {
-    giveUsed<Destination>(load<u32>(chain, MERGED_HEAD), 0);
-  }
-  giveUsed<Destination>(head, 0);
-  count(COUNT_MALFORMED);
-}
-
-/** @param at the avail index up to which buffers were looked at */
-function wait(at: u32): u32 {
-  if (waitingAt == NOT_WAITING) count(COUNT_WAITS);
-  waitingAt = at;
+function waitFor(next: u32): u32 {
+  waitForBuffers(next);
   return NO_BUFFERS;
 }
-
-let brokeDestination: bool = false;
 
 function breakDestination(): u32 {
   breakRing<Destination>();
   brokeDestination = true;
-  waitingAt = NOT_WAITING;
+  receiving = false;
+  stopWaiting();
   return drop(COUNT_DROP_NO_RECEIVER);
+}
+
+/** Whether the destination's receiveq takes frames. */
+function isReceiving(): bool {
+  return isRunning<Destination>() && (load<u32>(DESTINATION_VRING, VRING_FLAGS) & VRING_ENABLED) != 0;
 }
 
 /** Publishes what this poll used on the destination ring, also if it broke after that. @returns what is due there */
@@ -305,41 +259,4 @@ function decideCall<E>(counter: usize, due: u32): u32 {
   }
   count(COUNT_CALLS_SUPPRESSED);
   return 0;
-}
-
-/** Copies the frame when it lies in several pieces on either side, past the headers. */
-function copyPieces(toSkip: u32, fromSkip: u32, length: u32): void {
-  let to: usize = DESTINATION_PIECES;
-  let from: usize = SOURCE_PIECES;
-  while (toSkip >= load<u32>(to, PIECE_LENGTH)) {
-    toSkip -= load<u32>(to, PIECE_LENGTH);
-    to += PIECE_BYTES;
-  }
-  while (fromSkip >= load<u32>(from, PIECE_LENGTH)) {
-    fromSkip -= load<u32>(from, PIECE_LENGTH);
-    from += PIECE_BYTES;
-  }
-  while (length != 0) {
-    const room = load<u32>(to, PIECE_LENGTH) - toSkip;
-    const rest = load<u32>(from, PIECE_LENGTH) - fromSkip;
-    const part = min(length, min(room, rest));
-    copy(
-      load<u32>(to, PIECE_SEGMENT),
-      load<u64>(to, PIECE_OFFSET) + toSkip,
-      load<u32>(from, PIECE_SEGMENT),
-      load<u64>(from, PIECE_OFFSET) + fromSkip,
-      part,
-    );
-    length -= part;
-    toSkip += part;
-    fromSkip += part;
-    if (part == room) {
-      to += PIECE_BYTES;
-      toSkip = 0;
-    }
-    if (part == rest) {
-      from += PIECE_BYTES;
-      fromSkip = 0;
-    }
-  }
 }

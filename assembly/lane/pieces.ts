@@ -1,0 +1,47 @@
+/** Copying a frame that lies in several pieces at either end. */
+import {
+  DESTINATION_PIECES,
+  PIECE_BYTES,
+  PIECE_LENGTH,
+  PIECE_OFFSET,
+  PIECE_SEGMENT,
+  SOURCE_PIECES,
+} from "../../src/layout/lane.ts";
+import { copy } from "../guest";
+
+/** Copies `length` bytes from the source pieces to the destination pieces, past the header in front of each. */
+export function copyPieces(toSkip: u32, fromSkip: u32, length: u32): void {
+  let to: usize = DESTINATION_PIECES;
+  let from: usize = SOURCE_PIECES;
+  while (toSkip >= load<u32>(to, PIECE_LENGTH)) {
+    toSkip -= load<u32>(to, PIECE_LENGTH);
+    to += PIECE_BYTES;
+  }
+  while (fromSkip >= load<u32>(from, PIECE_LENGTH)) {
+    fromSkip -= load<u32>(from, PIECE_LENGTH);
+    from += PIECE_BYTES;
+  }
+  while (length != 0) {
+    const room = load<u32>(to, PIECE_LENGTH) - toSkip;
+    const rest = load<u32>(from, PIECE_LENGTH) - fromSkip;
+    const part = min(length, min(room, rest));
+    copy(
+      load<u32>(to, PIECE_SEGMENT),
+      load<u64>(to, PIECE_OFFSET) + toSkip,
+      load<u32>(from, PIECE_SEGMENT),
+      load<u64>(from, PIECE_OFFSET) + fromSkip,
+      part,
+    );
+    length -= part;
+    toSkip += part;
+    fromSkip += part;
+    if (part == room) {
+      to += PIECE_BYTES;
+      toSkip = 0;
+    }
+    if (part == rest) {
+      from += PIECE_BYTES;
+      fromSkip = 0;
+    }
+  }
+}
