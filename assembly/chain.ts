@@ -12,6 +12,7 @@ import {
   VRING_DESC_F_WRITE,
 } from "../src/layout/virtio.ts";
 import {
+  PIECES_MAX,
   PIECE_BYTES,
   PIECE_LENGTH,
   PIECE_OFFSET,
@@ -29,6 +30,13 @@ import { vringOf } from "./vring";
 /** What the last walk found: the sum of all lengths, and the place behind its last piece. */
 export let chainBytes: u64 = 0;
 export let piecesEnd: usize = 0;
+
+/**
+ * Descriptors walked so far, mod 2^32. A poll begins no frame when it has walked WALK_MAX, and that many are enough for
+ * the receive chains of one frame: a driver whose chains are long and hold nothing must not hold up other lanes.
+ */
+export let walked: u32 = 0;
+export const WALK_MAX: u32 = PIECES_MAX;
 
 /** The first word of a descriptor in the ring, its address. @param index below the ring size */
 export function loadDescAddress<E>(index: u32): u64 {
@@ -73,6 +81,7 @@ export function walk<E>(address: u64, rest: u64, pieces: usize, wanted: u64): bo
   piecesEnd = pieces;
 
   for (let buffers: u32 = 0; buffers < size;) {
+    ++walked;
     const length = <u32>rest;
     const flags = <u32>(rest >> 32) & 0xffff;
     let next = <u32>(rest >> 48);

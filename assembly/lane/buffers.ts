@@ -15,7 +15,7 @@ import {
   VRING_MERGEABLE,
   VRING_SIZE,
 } from "../../src/layout/lane.ts";
-import { chainBytes, loadDescAddress, loadDescRest, piecesEnd, walk } from "../chain";
+import { WALK_MAX, chainBytes, loadDescAddress, loadDescRest, piecesEnd, walk, walked } from "../chain";
 import { Destination } from "../guest";
 import { giveUsed, loadAvailIndex, loadHead, nextAvail, setNextAvail } from "../split";
 import { count } from "../stats";
@@ -71,12 +71,17 @@ export function peekBuffer(next: u32): u32 {
 export function collectBuffers(needed: u32, next: u32, head: u32, address: u64, rest: u64): u32 {
   const size = load<u32>(DESTINATION_VRING, VRING_SIZE);
   const mergeable = load<u32>(DESTINATION_VRING, VRING_FLAGS) & VRING_MERGEABLE;
+  const walkedBefore = walked;
   let got: u64 = 0;
   let pieces: usize = DESTINATION_PIECES;
   mergedEnd = MERGED_CHAINS;
 
   for (let chains: u32 = 0; chains < size; ++chains) {
     if (chains != 0) {
+      if (walked - walkedBefore > WALK_MAX) {
+        if (mergedCount()) return BUFFERS_TOO_SMALL;
+        break;
+      }
       const found = peekBuffer(next);
       if (found == BUFFERS_BROKEN) return found;
       if (found == BUFFERS_NONE) break;

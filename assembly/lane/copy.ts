@@ -38,7 +38,7 @@ import {
   VRING_SINK,
   VRING_SIZE,
 } from "../../src/layout/lane.ts";
-import { chainBytes, loadDescAddress, loadDescRest, offsetOfOnly, walk } from "../chain";
+import { WALK_MAX, chainBytes, loadDescAddress, loadDescRest, offsetOfOnly, walk, walked } from "../chain";
 import { Destination, Source, copy } from "../guest";
 import { asksForOffload, isOffloadHeader, storeHeader, storeHeaderPieces } from "../net-header";
 import { isCallDue, isCallUndecided, requestKick, suppressKicks } from "../notify";
@@ -106,10 +106,11 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
   let result: u32 = 0;
   if (receiving) beginBuffers();
   const limit = min(pending, budget);
+  const walkedBefore = walked;
   let taken: u32 = 0;
   let delivered: u64 = 0;
   let bytes: u64 = 0;
-  for (; taken < limit; ++taken) {
+  for (; taken < limit && walked - walkedBefore <= WALK_MAX; ++taken) {
     const head = loadHead<Source>(first + taken);
     if (head >= size) {
       breakRing<Source>();
