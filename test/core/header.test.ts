@@ -70,7 +70,7 @@ describe("the transmitted header", () => {
     const stage = new Stage(transmit);
     sendBytes(stage, new Uint8Array(112).fill(0xff).fill(0, 0, 2));
     expect(stage.rig.counters).toMatchObject({ packets: 1, bytes: 100 });
-    expect([...stage.rig.destination.ram.slice(GOOD, 12)]).toEqual([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+    expect(Array.from(stage.rig.destination.ram.slice(GOOD, 12))).toEqual([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
   });
 
   test.each([
@@ -115,7 +115,9 @@ describe("the received header and used lengths", () => {
     stage.send();
     stage.judge.poll();
     const used = stage.receiveq.used();
-    const bytes = used.flatMap(({ id, len }) => [...stage.rig.destination.ram.slice(DATA + BigInt(id * 64), len)]);
+    const bytes = used.flatMap(({ id, len }) =>
+      Array.from(stage.rig.destination.ram.slice(DATA + BigInt(id * 64), len)),
+    );
     expect(bytes.length).toBe(112);
     expect(bytes.slice(0, 12)).toEqual([...Array(10).fill(0), count, 0]);
     expect(used.every((entry, i) => entry.len === (i + 1 < count ? len : 112 - len * (count - 1)))).toBe(true); // BI-209

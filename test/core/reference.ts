@@ -3,7 +3,8 @@
  * another, and the rules of our own that assembly/ states: which frames are refused, who waits, who is called.
  *
  * It works on copies of both guests' RAM and applies to them what the device may write; after a poll real RAM must be
- * equal to its copy, byte for byte. It shares no code with the core, and no state.
+ * equal to its copy, byte for byte. It shares no code with the core, and no state. It knows no limit of work for one
+ * poll: that is reached by rings of tens of thousands of descriptors only, and has work.test.ts.
  */
 import { ReferenceRam } from "./reference-ram.ts";
 import type { PollResult, Ring } from "./rig.ts";
