@@ -3,6 +3,8 @@ import { readlinkSync, statfsSync } from "node:fs";
 import { check, libc } from "./libc.ts";
 
 const O_CLOEXEC = 0o2000000;
+const F_SETFD = 2;
+const FD_CLOEXEC = 1;
 const F_GETFL = 3;
 const F_SETFL = 4;
 const F_DUPFD_CLOEXEC = 1030;
@@ -48,6 +50,15 @@ export function isMemoryFile(fd: number): boolean {
 /** Sets O_NONBLOCK on the open file, which whoever sent the fd shares. */
 export function setNonBlocking(fd: number): void {
   check(fcntl(fd, F_SETFL, statusFlags(fd) | O_NONBLOCK), "fcntl", `setting O_NONBLOCK on fd ${fd}`);
+}
+
+/** Clears O_NONBLOCK: sockets are inherited like that. */
+export function setBlocking(fd: number): void {
+  check(fcntl(fd, F_SETFL, statusFlags(fd) & ~O_NONBLOCK), "fcntl", `clearing O_NONBLOCK of fd ${fd}`);
+}
+
+export function setCloseOnExec(fd: number): void {
+  check(fcntl(fd, F_SETFD, FD_CLOEXEC), "fcntl", `setting FD_CLOEXEC on fd ${fd}`);
 }
 
 /** A blocking pipe: the read end, the write end. */

@@ -7,6 +7,7 @@
 import { lstatSync, unlinkSync } from "node:fs";
 import koffi from "koffi";
 import { ConfigError } from "../src/errors.ts";
+import { setCloseOnExec, setNonBlocking } from "./fd.ts";
 import { check, close, EAGAIN, ECONNREFUSED, EINTR, ENOENT, errno, libc, systemError } from "./libc.ts";
 
 const AF_UNIX = 1;
@@ -19,6 +20,9 @@ const MSG_CTRUNC = 0x8;
 const MSG_NOSIGNAL = 0x4000;
 const MSG_CMSG_CLOEXEC = 0x40000000;
 const SHUT_RDWR = 2;
+const SO_TYPE = 3;
+const SO_ACCEPTCONN = 30;
+const SO_DOMAIN = 39;
 const SUN_PATH_SIZE = 108;
 
 // struct cmsghdr: size_t len, int level, int type; data and the next header aligned to 8
@@ -47,6 +51,7 @@ const connectCall = libc.func("int connect(int fd, void *address, uint32_t lengt
 const accept4 = libc.func("int accept4(int fd, void *address, void *length, int flags)");
 const sendmsg = libc.func("int64_t sendmsg(int fd, msghdr *message, int flags)");
 const recvmsg = libc.func("int64_t recvmsg(int fd, _Inout_ msghdr *message, int flags)");
+const getsockopt = libc.func("int getsockopt(int fd, int level, int name, _Out_ int *value, _Inout_ uint32_t *length)");
 const shutdownCall = libc.func("int shutdown(int fd, int how)");
 
 /**
@@ -82,6 +87,19 @@ export function connect(path: string): number | undefined {
   close(fd);
   if ([ENOENT, ECONNREFUSED, EAGAIN].includes(error.errno)) return undefined;
   throw error;
+}
+
+/**
+ * Takes over a socket that somebody else opened: makes it non-blocking and close-on-exec.
+ * Returns whether it listens. @throws ConfigError when the fd is no unix stream socket
+ */
+export function inherit(fd: number): "listening" | "connected" {
+  if (option(fd, SO_DOMAIN) !== AF_UNIX || option(fd, SO_TYPE) !== SOCK_STREAM) {
+    throw new ConfigError(`fd ${fd} is no unix stream socket; pass one that listens or is connected`);
+  }
+  setNonBlocking(fd);
+  setCloseOnExec(fd);
+  return option(fd, SO_ACCEPTCONN) === 1 ? "listening" : "connected";
 }
 
 /** Two connected sockets. */
@@ -167,6 +185,12 @@ function rights(fds: readonly number[]): Buffer {
   bytes.writeInt32LE(SCM_RIGHTS, CMSG_TYPE);
   fds.forEach((fd, index) => bytes.writeInt32LE(fd, CMSG_HEADER_SIZE + index * FD_SIZE));
   return bytes;
+}
+
+/** Of a socket; undefined for an fd that is none. */
+function option(fd: number, name: number): number | undefined {
+  const value = new Int32Array(1);
+  return getsockopt(fd, SOL_SOCKET, name, value, [4]) === 0 ? value[0] : undefined;
 }
 
 function streamSocket(): number {

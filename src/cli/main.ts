@@ -23,6 +23,7 @@ program
   .addHelpText("after", `\nA port is: ${PORT_SYNTAX}`)
   .option("--link <a=b>", "join two ports; may be given several times", collect, [])
   .option("--socket-path <path>", "serve one VM on this socket (QEMU's convention); with --backend")
+  .option("--fd <number>", "the same, on a listening or connected socket that was inherited", fileDescriptor)
   .option("--backend <port>", "what that VM is joined to")
   .addOption(
     new Option("--poll <mode>", "how pollers wait").choices(["adaptive", "busy", "interrupt"]).default("adaptive"),
@@ -56,6 +57,11 @@ function collect(value: string, earlier: string[]): string[] {
 function cpuList(text: string): number[] {
   if (!/^\d+(,\d+)*$/.test(text)) throw new InvalidArgumentError("write CPU numbers with commas, for example 2,3");
   return text.split(",").map(Number);
+}
+
+function fileDescriptor(text: string): number {
+  if (!/^\d{1,9}$/.test(text)) throw new InvalidArgumentError("a file descriptor number, for example 3");
+  return Number(text);
 }
 
 function milliseconds(text: string): number {

@@ -40,6 +40,8 @@ function describe(event: RelayEvent): { subject: string; text: string } {
         subject: event.port,
         text: event.error ? `front-end dropped: ${reasonOf(event.error)}` : "front-end left",
       };
+    case "end":
+      return { subject: event.port, text: "its one connection is gone, no other will come" };
     case "failure":
       return { subject: event.port, text: `cannot take a connection: ${reasonOf(event.error)}` };
     case "refusal":

@@ -5,14 +5,18 @@ import { ConfigError } from "../errors.ts";
 import { isGuestPort, type AnyPort, type GuestPort } from "../ports/port.ts";
 import { parsePort } from "../ports/spec.ts";
 import { VhostUserPort } from "../ports/vhost-user.ts";
+import type { SocketAddress } from "../vhost-user/endpoint.ts";
 import type { ServerEvent } from "../vhost-user/server.ts";
 import type { LaneCounters } from "./lane.ts";
 import { Link, type PlacedLane } from "./link.ts";
 import { Pollers, type PollMode, type PollerMessage } from "./poller.ts";
 
+/** A port as on the command line; `{ fd }` is short for `vhost-user:fd=N`, the relay owns the socket from then on. */
+export type PortText = string | { fd: number };
+
 export interface RelayOptions {
-  /** Pairs of ports to join, each written as on the command line: `["vhost-user:/run/a.sock", "vhost-user:/run/b.sock"]`. */
-  links: readonly (readonly [string, string])[];
+  /** Pairs of ports to join: `[["vhost-user:/run/a.sock", { fd: 3 }]]`. */
+  links: readonly (readonly [PortText, PortText])[];
   /** Default `adaptive`: spin while there is work, sleep when there is none. `busy` never sleeps, `interrupt` sleeps at once. */
   poll?: PollMode;
   /** CPUs to pin pollers to, one poller each; without it one poller runs where the scheduler puts it. */
@@ -63,16 +67,16 @@ export class Relay implements AsyncDisposable {
 
   private constructor(options: RelayOptions) {
     this.#onEvent = options.onEvent ?? (() => undefined);
-    const ends = options.links.map((pair) => pair.map((text) => parsePort(text)));
-    const paths = ends.flat().flatMap((port) => (port.kind === "vhost-user" ? [port.path] : []));
-    const twice = paths.find((path, i) => paths.indexOf(path) !== i);
+    const ends = options.links.map((pair) =>
+      pair.map((port) => parsePort(typeof port === "string" ? port : `vhost-user:fd=${port.fd}`)),
+    );
+    const sockets = ends.flat().flatMap((port) => (port.kind === "vhost-user" ? [nameOf(port.socket)] : []));
+    const twice = sockets.find((name, i) => sockets.indexOf(name) !== i);
     if (twice !== undefined)
       throw new ConfigError(`socket ${twice} is named twice; each port needs a socket of its own`);
-    for (const [i, [a, b]] of ends.entries()) {
+    for (const [a, b] of ends) {
       if (a?.kind !== "vhost-user" && b?.kind !== "vhost-user") {
-        throw new ConfigError(
-          `link ${options.links[i]?.join("=")}: neither end can send; one must be a vhost-user port`,
-        );
+        throw new ConfigError(`link ${a?.text}=${b?.text}: neither end can send; one must be a vhost-user port`);
       }
     }
     this.#pollers = new Pollers(
@@ -127,8 +131,7 @@ export class Relay implements AsyncDisposable {
     if (spec.kind !== "vhost-user") return { kind: spec.kind, spec: spec.text };
     return new VhostUserPort({
       spec: spec.text,
-      path: spec.path,
-      connect: spec.connect,
+      socket: spec.socket,
       queuePairs: spec.queuePairs,
       onEvent: (event) => this.#onEvent({ port: spec.text, ...event }),
     });
@@ -153,6 +156,10 @@ type Spec = ReturnType<typeof parsePort>;
 
 function portState(port: AnyPort): PortState {
   return { port: port.spec, state: isGuestPort(port) ? port.state : "ready" };
+}
+
+function nameOf(socket: SocketAddress): string {
+  return "fd" in socket ? `fd ${socket.fd}` : socket.path;
 }
 
 function snapshot(link: Link, { lane, pair, source, destination, running }: PlacedLane): LaneSnapshot {

@@ -52,6 +52,7 @@ export const NET_HDR_SIZE = 12;
 
 // Feature bit numbers (not masks: they pass 2^31)
 export const VIRTIO_NET_F_MTU = 3;
+export const VIRTIO_NET_F_MAC = 5;
 export const VIRTIO_NET_F_MRG_RXBUF = 15;
 export const VIRTIO_NET_F_STATUS = 16;
 export const VIRTIO_NET_F_GUEST_ANNOUNCE = 21;
@@ -65,6 +66,17 @@ export const VIRTIO_F_VERSION_1 = 32;
 export const VIRTIO_F_ACCESS_PLATFORM = 33;
 export const VIRTIO_F_RING_PACKED = 34;
 export const VIRTIO_F_IN_ORDER = 35;
+
+// struct virtio_net_config: u8 mac[6], le16 status, le16 max_virtqueue_pairs, le16 mtu, then fields that are not served
+export const NET_CONFIG_MAC = 0;
+export const NET_CONFIG_STATUS = 6;
+export const NET_CONFIG_MAX_VIRTQUEUE_PAIRS = 8;
+export const NET_CONFIG_MTU = 10;
+export const NET_CONFIG_SIZE = 12;
+export const VIRTIO_NET_S_LINK_UP = 1;
+// MTU of an Ethernet device: the least that IPv4 asks for, and what fits the field
+export const MTU_MIN = 68;
+export const MTU_MAX = 65535;
 
 // Device status bits
 export const VIRTIO_CONFIG_S_FEATURES_OK = 8;

@@ -46,7 +46,7 @@ export interface GuestPort {
   readonly queuePairs: number;
   readonly memory: GuestMemory;
   /** What its front-end is doing, for the operator. */
-  readonly state: "listening" | "connecting" | "connected" | "running";
+  readonly state: "listening" | "connecting" | "connected" | "running" | "ended";
   /** The virtqueue, if it is started. */
   vring(index: number): RunningVring | undefined;
   /** Begins to serve. @param nextAvail next avail index of a started virtqueue; called within a change */

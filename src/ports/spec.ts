@@ -1,15 +1,28 @@
 /** Ports as a user writes them: `KIND[:ADDRESS][,OPTION[=VALUE]]...`. */
 import { ConfigError } from "../errors.ts";
+import { MTU_MAX, MTU_MIN } from "../layout/virtio.ts";
+import type { SocketAddress } from "../vhost-user/endpoint.ts";
 
-export const PORT_SYNTAX = "vhost-user:PATH[,connect][,queues=N] | loopback | null";
+export const PORT_SYNTAX =
+  "vhost-user:PATH|fd=N[,connect][,queues=N][,queue-unit=pairs|vrings][,mac=MAC][,mtu=N] | loopback | null";
 /** Queue pairs of one vhost-user port (ring indexes are 8 bits wide in SET_VRING_KICK). */
 export const QUEUE_PAIRS_MAX = 128;
 /** sun_path of struct sockaddr_un, less the final zero. */
 const SOCKET_PATH_MAX = 107;
 
-export type PortSpec =
-  | { kind: "vhost-user"; text: string; path: string; connect: boolean; queuePairs: number }
-  | { kind: "loopback" | "null"; text: string };
+export interface VhostUserSpec {
+  kind: "vhost-user";
+  text: string;
+  socket: SocketAddress;
+  queuePairs: number;
+  /** What GET_QUEUE_NUM counts: QEMU expects pairs, rust-vmm front-ends expect vrings. */
+  queueUnit: "pairs" | "vrings";
+  /** The guest's MAC address, 6 bytes, and MTU, where this port is to tell the guest's driver. */
+  mac: Uint8Array | undefined;
+  mtu: number | undefined;
+}
+
+export type PortSpec = VhostUserSpec | { kind: "loopback" | "null"; text: string };
 
 /** @throws ConfigError saying what is wrong with the text and what would be right */
 export function parsePort(text: string): PortSpec {
@@ -17,39 +30,88 @@ export function parsePort(text: string): PortSpec {
   const [head = "", ...options] = (colon < 0 ? text : text.slice(colon + 1)).split(",");
   const kind = colon < 0 ? head : text.slice(0, colon);
   const address = colon < 0 ? "" : head;
-  switch (kind) {
-    case "vhost-user":
-      return vhostUser(text, address, options);
-    case "loopback":
-    case "null":
-      if (address || options.length > 0)
-        throw new ConfigError(`port "${text}": ${kind} takes neither address nor options`);
-      return { kind, text };
-    default:
-      throw new ConfigError(`port "${text}": unknown kind "${kind}"; a port is ${PORT_SYNTAX}`);
+  try {
+    switch (kind) {
+      case "vhost-user":
+        return vhostUser(text, address, options);
+      case "loopback":
+      case "null":
+        if (address || options.length > 0) throw new ConfigError(`${kind} takes neither address nor options`);
+        return { kind, text };
+      default:
+        throw new ConfigError(`unknown kind "${kind}"; a port is ${PORT_SYNTAX}`);
+    }
+  } catch (error) {
+    throw error instanceof ConfigError ? new ConfigError(`port "${text}": ${error.message}`) : error;
   }
 }
 
-function vhostUser(text: string, path: string, options: string[]): PortSpec {
-  if (!path) throw new ConfigError(`port "${text}": the socket path is missing; write vhost-user:/run/vm.sock`);
-  if (Buffer.byteLength(path) > SOCKET_PATH_MAX) {
-    throw new ConfigError(
-      `port "${text}": a socket path has at most ${SOCKET_PATH_MAX} bytes, this one ${Buffer.byteLength(path)}`,
-    );
-  }
-  let connect = false;
-  let queuePairs = 1;
+/** What each option of a vhost-user port does. Throws a ConfigError without the port's text. */
+const OPTIONS: Record<string, (port: VhostUserSpec, value: string | undefined) => void> = {
+  connect(port, value) {
+    if (value !== undefined) throw new ConfigError("connect takes no value");
+    if ("fd" in port.socket) throw new ConfigError("connect dials a path; an fd is open already");
+    port.socket.connect = true;
+  },
+  queues(port, value) {
+    port.queuePairs = number("queues", value, 1, QUEUE_PAIRS_MAX, "of queue pairs ");
+  },
+  "queue-unit"(port, value) {
+    if (value !== "pairs" && value !== "vrings") throw new ConfigError(`queue-unit=${value} must be pairs or vrings`);
+    port.queueUnit = value;
+  },
+  mac(port, value) {
+    port.mac = macAddress(value ?? "");
+  },
+  mtu(port, value) {
+    port.mtu = number("mtu", value, MTU_MIN, MTU_MAX);
+  },
+};
+
+function vhostUser(text: string, address: string, options: string[]): VhostUserSpec {
+  const port: VhostUserSpec = {
+    kind: "vhost-user",
+    text,
+    socket: socketAddress(address),
+    queuePairs: 1,
+    queueUnit: "pairs",
+    mac: undefined,
+    mtu: undefined,
+  };
   for (const option of options) {
-    const [name, value] = option.split("=", 2);
-    if (option === "connect") connect = true;
-    else if (name === "queues" && value !== undefined) {
-      queuePairs = Number(value);
-      if (!/^\d+$/.test(value) || queuePairs < 1 || queuePairs > QUEUE_PAIRS_MAX) {
-        throw new ConfigError(
-          `port "${text}": queues=${value} must be a number of queue pairs from 1 to ${QUEUE_PAIRS_MAX}`,
-        );
-      }
-    } else throw new ConfigError(`port "${text}": unknown option "${option}"; a port is ${PORT_SYNTAX}`);
+    const [name = "", value] = option.split("=", 2);
+    if (!Object.hasOwn(OPTIONS, name)) throw new ConfigError(`unknown option "${option}"; a port is ${PORT_SYNTAX}`);
+    OPTIONS[name]?.(port, value);
   }
-  return { kind: "vhost-user", text, path, connect, queuePairs };
+  return port;
+}
+
+/** A path called fd=3 can be written ./fd=3. */
+function socketAddress(address: string): SocketAddress {
+  const [name, fd] = address.split("=", 2);
+  if (name === "fd" && fd !== undefined) return { fd: number("fd", fd, 0, 0x7fff_ffff) };
+  if (!address) throw new ConfigError("the socket path is missing; write vhost-user:/run/vm.sock");
+  const length = Buffer.byteLength(address);
+  if (length > SOCKET_PATH_MAX) {
+    throw new ConfigError(`a socket path has at most ${SOCKET_PATH_MAX} bytes, this one ${length}`);
+  }
+  return { path: address };
+}
+
+function number(name: string, text: string | undefined, low: number, high: number, what = ""): number {
+  const value = Number(text);
+  if (!/^\d+$/.test(text ?? "") || value < low || value > high) {
+    throw new ConfigError(`${name}=${text ?? ""} must be a number ${what}from ${low} to ${high}`);
+  }
+  return value;
+}
+
+/** Six bytes of a station: a group address, or none at all, cannot be a guest's own. */
+function macAddress(text: string): Uint8Array {
+  const bytes = Uint8Array.from(text.split(":"), (byte) => Number.parseInt(byte, 16));
+  const isGroup = ((bytes[0] ?? 0) & 1) !== 0;
+  if (!/^[\da-f]{2}(:[\da-f]{2}){5}$/i.test(text) || isGroup || bytes.every((byte) => byte === 0)) {
+    throw new ConfigError(`mac=${text} must be the address of one station, for example 52:54:00:12:34:56`);
+  }
+  return bytes;
 }

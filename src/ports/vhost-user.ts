@@ -26,6 +26,7 @@ import type { Device, MemoryRegion, Vring } from "../vhost-user/device.ts";
 import { Server, type ServerEvent } from "../vhost-user/server.ts";
 import type { Area, Change, GuestPort, RunningVring } from "./port.ts";
 
+import type { SocketAddress } from "../vhost-user/endpoint.ts";
 /** Virtio features offered whatever the number of queues. */
 const FEATURES = [
   VIRTIO_NET_F_MRG_RXBUF,
@@ -37,8 +38,7 @@ const FEATURES = [
 
 export interface VhostUserOptions {
   spec: string;
-  path: string;
-  connect: boolean;
+  socket: SocketAddress;
   queuePairs: number;
   onEvent: (event: ServerEvent) => void;
 }
@@ -56,6 +56,7 @@ export class VhostUserPort implements GuestPort, Device {
   #server: Server | undefined;
   #change: Change = () => Promise.reject(new Error("the port is not open"));
   #nextAvail: (index: number) => number = () => 0;
+  #ended = false;
 
   constructor(options: VhostUserOptions) {
     this.#options = options;
@@ -67,7 +68,9 @@ export class VhostUserPort implements GuestPort, Device {
 
   get state(): GuestPort["state"] {
     if (this.#connected) return this.#vrings.size > 0 ? "running" : "connected";
-    return this.#options.connect ? "connecting" : "listening";
+    if (this.#ended) return "ended";
+    const { socket } = this.#options;
+    return "connect" in socket && socket.connect ? "connecting" : "listening";
   }
 
   vring(index: number): RunningVring | undefined {
@@ -77,8 +80,7 @@ export class VhostUserPort implements GuestPort, Device {
   async open(change: Change, nextAvail: (index: number) => number): Promise<void> {
     this.#change = change;
     this.#nextAvail = nextAvail;
-    const { path, connect } = this.#options;
-    this.#server = new Server(this, { path, connect, onEvent: (event) => this.#observe(event) });
+    this.#server = new Server(this, { ...this.#options.socket, onEvent: (event) => this.#observe(event) });
   }
 
   async close(): Promise<void> {
@@ -172,3 +174,4 @@ export class VhostUserPort implements GuestPort, Device {
     this.#options.onEvent(event);
   }
 }
+    if (event.type === "end") this.#ended = true;

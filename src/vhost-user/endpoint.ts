@@ -1,5 +1,6 @@
 /**
- * Where connections come from: a listening socket, or a peer's socket that is dialled again and again.
+ * Where connections come from: a listening socket, a peer's socket that is dialled again and again, or a socket that
+ * somebody else opened.
  *
  * An endpoint owns what it opened; disposing it ends a next() that waits.
  */
@@ -7,12 +8,21 @@ import { lstatSync, unlinkSync, watch } from "node:fs";
 import type { FSWatcher } from "node:fs";
 import { basename, dirname } from "node:path";
 import { close } from "../../native/libc.ts";
-import { accept, connect, listen } from "../../native/socket.ts";
+import { accept, connect, inherit, listen } from "../../native/socket.ts";
 import { ready } from "./ready.ts";
 
 export interface Endpoint extends Disposable {
-  /** The next connection, the caller's to close; undefined once the endpoint is disposed. @throws SystemError */
+  /** The next connection, the caller's to close; undefined when there will be none any more. @throws SystemError */
   next(): Promise<number | undefined>;
+}
+
+/** A path to listen on or to dial, or a socket that is open already. */
+export type SocketAddress = { path: string; connect?: boolean } | { fd: number };
+
+/** @throws ConfigError, SystemError */
+export function openEndpoint(address: SocketAddress): Endpoint {
+  if ("fd" in address) return new Inherited(address.fd);
+  return address.connect ? new Dialer(address.path) : new Listener(address.path);
 }
 
 /** Listens on a path; the socket file is removed when disposed. @throws ConfigError, SystemError */
@@ -29,12 +39,7 @@ export class Listener implements Endpoint {
   }
 
   async next(): Promise<number | undefined> {
-    while (!this.#closing.signal.aborted) {
-      const fd = accept(this.#fd);
-      if (fd !== undefined) return fd;
-      await ready(this.#fd, "readable", this.#closing.signal);
-    }
-    return undefined;
+    return nextAccepted(this.#fd, this.#closing.signal);
   }
 
   [Symbol.dispose](): void {
@@ -44,6 +49,43 @@ export class Listener implements Endpoint {
     if (lstatSync(this.#path, { throwIfNoEntry: false })?.ino === this.#inode) unlinkSync(this.#path);
     close(this.#fd);
   }
+}
+
+/** A socket that the caller gives away: the connections of a listening one, or the one connection that it is. */
+export class Inherited implements Endpoint {
+  readonly #fd: number;
+  readonly #closing = new AbortController();
+  readonly #isListening: boolean;
+  /** Whether the fd is still ours to close. */
+  #isOwned = true;
+
+  /** @throws ConfigError if it is no unix stream socket; then it stays the caller's */
+  constructor(fd: number) {
+    this.#fd = fd;
+    this.#isListening = inherit(fd) === "listening";
+  }
+
+  async next(): Promise<number | undefined> {
+    if (this.#isListening) return nextAccepted(this.#fd, this.#closing.signal);
+    if (!this.#isOwned) return undefined;
+    this.#isOwned = false;
+    return this.#fd;
+  }
+
+  [Symbol.dispose](): void {
+    this.#closing.abort();
+    if (this.#isOwned) close(this.#fd);
+    this.#isOwned = false;
+  }
+}
+
+async function nextAccepted(listener: number, closing: AbortSignal): Promise<number | undefined> {
+  while (!closing.aborted) {
+    const fd = accept(listener);
+    if (fd !== undefined) return fd;
+    await ready(listener, "readable", closing);
+  }
+  return undefined;
 }
 
 const EAGER_RETRY_MS = 2;

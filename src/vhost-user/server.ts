@@ -8,8 +8,8 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { SystemError } from "../errors.ts";
 import { Connection } from "./connection.ts";
 import type { Device } from "./device.ts";
-import { Dialer, Listener } from "./endpoint.ts";
-import type { Endpoint } from "./endpoint.ts";
+import { openEndpoint } from "./endpoint.ts";
+import type { Endpoint, SocketAddress } from "./endpoint.ts";
 import { Session } from "./session.ts";
 import type { Refusal } from "./session.ts";
 
@@ -18,19 +18,18 @@ export type ServerEvent =
   /** `error` is absent when the front-end just left. */
   | { type: "disconnect"; error?: unknown }
   | ({ type: "refusal" } & Refusal)
+  /** No front-end will come any more: the one connection that there was is gone. */
+  | { type: "end" }
   /** No connection could be taken, for example for want of file descriptors; it is tried again. */
   | { type: "failure"; error: unknown };
 
-export interface ServerOptions {
-  path: string;
-  /** Dial the front-end's socket, again after every loss, instead of listening. */
-  connect?: boolean;
+export type ServerOptions = SocketAddress & {
   onEvent?: (event: ServerEvent) => void;
   /** How long a front-end may stay silent after connecting. */
   firstMessageTimeoutMs?: number;
   /** How long it may take to finish a message, or to read an answer. */
   messageTimeoutMs?: number;
-}
+};
 
 const TIMEOUT_MS = 5000;
 const RETRY_MS = 1000;
@@ -44,11 +43,11 @@ export class Server implements AsyncDisposable {
   readonly #done: Promise<void>;
   #connection: Connection | undefined;
 
-  /** Listens (or dials) from now on. @throws ConfigError when the path cannot be listened on */
+  /** Serves from now on. @throws ConfigError when the path cannot be listened on, or the fd is no socket */
   constructor(device: Device, options: ServerOptions) {
     this.#device = device;
     this.#options = options;
-    this.#endpoint = options.connect ? new Dialer(options.path) : new Listener(options.path);
+    this.#endpoint = openEndpoint(options);
     this.#done = this.#run();
   }
 
@@ -64,14 +63,15 @@ export class Server implements AsyncDisposable {
     while (!this.#closing.signal.aborted) {
       try {
         const fd = await this.#endpoint.next();
-        if (fd === undefined) return;
+        if (fd === undefined) break;
         const wasUseful = await this.#serve(fd);
-        if (this.#options.connect && !wasUseful) await this.#pause(REDIAL_MS);
+        if (this.#isDialling && !wasUseful) await this.#pause(REDIAL_MS);
       } catch (error) {
         this.#emit({ type: "failure", error });
         await this.#pause(RETRY_MS);
       }
     }
+    if (!this.#closing.signal.aborted) this.#emit({ type: "end" });
   }
 
   /** Runs one session to its end; never throws. Resolves to whether the front-end said anything. */
@@ -103,6 +103,10 @@ export class Server implements AsyncDisposable {
     }
     this.#emit(ending);
     return messages > 0;
+  }
+
+  get #isDialling(): boolean {
+    return "connect" in this.#options && this.#options.connect === true;
   }
 
   #emit(event: ServerEvent): void {

@@ -5,8 +5,11 @@ import { existsSync, mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { close } from "../../native/libc.ts";
+import { listen, socketpair } from "../../native/socket.ts";
 import { Guest } from "../../src/driver/guest.ts";
 import { NetDriver } from "../../src/driver/net.ts";
+import { Frontend } from "../../src/vhost-user/frontend.ts";
 import { exchange } from "../datapath/traffic.ts";
 
 let directory: string;
@@ -28,7 +31,15 @@ interface Running {
 }
 
 function start(file: string, ...args: string[]): Running {
-  const child = spawn(process.execPath, [file, ...args], { stdio: ["ignore", "pipe", "pipe"] });
+  return watch(spawn(process.execPath, [file, ...args], { stdio: ["ignore", "pipe", "pipe"] }));
+}
+
+/** Runs the command line with open files as fds 3, 4, ... */
+function startWith(fds: number[], ...args: string[]): Running {
+  return watch(spawn(process.execPath, ["src/cli/main.ts", ...args], { stdio: ["ignore", "pipe", "pipe", ...fds] }));
+}
+
+function watch(child: ChildProcess): Running {
   children.push(child);
   const output = { stdout: "", stderr: "" };
   child.stdout?.setEncoding("utf8").on("data", (text: string) => (output.stdout += text));
@@ -58,6 +69,11 @@ describe("wrong usage exits with 2 and says what would be right", () => {
     [["run", "--link", "vhost-user:/a=tap:x"], /write two ports|unknown kind/],
     [["run", "--link", "vhost-user:/a=vhost-user:/a"], /named twice/],
     [["run", "--socket-path", "/a"], /belong together/],
+    [["run", "--fd", "3"], /belong together/],
+    [["run", "--fd", "3", "--socket-path", "/a", "--backend", "null"], /exclude each other/],
+    [["run", "--fd", "three", "--backend", "null"], /descriptor number/],
+    [["run", "--fd", "99", "--backend", "loopback"], /fd 99 is no unix stream socket/],
+    [["run", "--link", "vhost-user:fd=3=vhost-user:fd=3"], /fd 3 is named twice/],
     [["run", "--poll", "never", "--link", "x=y"], /adaptive, busy, interrupt/],
     [["run", "--cpus", "one"], /commas/],
     [["run", "--stall-ms", "-1"], /milliseconds/],
@@ -104,6 +120,30 @@ describe("run", () => {
     await exchange(vm, vm, 20);
     child.kill("SIGINT");
     expect(await exit).toEqual({ status: 0, signal: null });
+  });
+
+  it("--fd serves a listening socket that it inherits, one front-end after the other", async () => {
+    const listener = listen(socket("vm"));
+    const { child, exit } = startWith([listener], "--fd=3", "--backend=loopback", "--control", socket("control"));
+    close(listener);
+    for (let life = 0; life < 2; life++) {
+      using guest = new Guest([{ gpa: 0n, sizeBytes: 64n << 20n }]);
+      using vm = await NetDriver.connect({ path: socket("vm"), guest });
+      await exchange(vm, vm, 20);
+    }
+    child.kill("SIGTERM");
+    expect(await exit).toEqual({ status: 0, signal: null });
+  });
+
+  it("--fd serves a connected socket that it inherits, and ends when that front-end has left", async () => {
+    const [ours, theirs] = socketpair();
+    const { exit, output } = startWith([theirs], "--fd=3", "--backend=loopback", "--control", socket("control"));
+    close(theirs);
+    using frontend = new Frontend(ours);
+    expect(await frontend.getFeatures()).toBeTypeOf("bigint");
+    frontend[Symbol.dispose]();
+    expect(await exit).toEqual({ status: 0, signal: null });
+    expect(output.stderr).toMatch(/fd=3: its one connection is gone/);
   });
 
   it("fails early when a socket is served already", async () => {

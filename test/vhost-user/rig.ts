@@ -117,11 +117,8 @@ export class Rig implements AsyncDisposable {
   }
 
   serve(options: Partial<ServerOptions> = {}): Server {
-    this.#server = new Server(this.device, {
-      path: this.path,
-      onEvent: (event) => this.events.push(event),
-      ...options,
-    });
+    const onEvent = (event: ServerEvent) => this.events.push(event);
+    this.#server = new Server(this.device, { path: this.path, onEvent, ...options });
     return this.#server;
   }
 

@@ -2,7 +2,8 @@ import { existsSync, mkdirSync, renameSync, unlinkSync, watch, writeFileSync } f
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, expect, it, vi } from "vitest";
-import { accept, connect, listen, receive, send, shutdown } from "../../native/socket.ts";
+import { setBlocking } from "../../native/fd.ts";
+import { accept, connect, listen, receive, send, shutdown, socketpair } from "../../native/socket.ts";
 import { close } from "../../native/libc.ts";
 import * as L from "../../src/layout/vhost-user.ts";
 import { encodeMessage, encodeU64 } from "../../src/vhost-user/codec.ts";
@@ -19,6 +20,45 @@ const NOTHING = Buffer.alloc(0);
 const getFeatures = encodeMessage(L.VHOST_USER_GET_FEATURES, 0, NOTHING);
 const errors = (events: ServerEvent[]) =>
   events.flatMap((event) => (event.type === "disconnect" && event.error ? [String(event.error)] : []));
+
+describe("a socket that was opened before", () => {
+  it("that listens: front-ends come one after the other; it stays open until the server ends", async () => {
+    await using rig = new Rig();
+    const server = rig.serve({ fd: listen(rig.path) });
+    for (let round = 0; round < 3; round++) {
+      const frontend = rig.connect();
+      await barrier(frontend);
+      frontend[Symbol.dispose]();
+    }
+    await server[Symbol.asyncDispose]();
+    expect(rig.events.map(({ type }) => type)).toEqual([...Array(3)].flatMap(() => ["connect", "disconnect"]));
+  });
+
+  it("that is connected: one session, and then it says that there will be no other", async () => {
+    await using rig = new Rig();
+    const [ours, theirs] = socketpair();
+    rig.serve({ fd: theirs });
+    const frontend = rig.adopt(new Frontend(ours));
+    expect(await frontend.getFeatures()).toBeTypeOf("bigint");
+    frontend[Symbol.dispose]();
+    await vi.waitFor(() => expect(rig.events.map(({ type }) => type)).toEqual(["connect", "disconnect", "end"]));
+  });
+
+  it("that blocks: is made non-blocking", async () => {
+    await using rig = new Rig();
+    const fd = listen(rig.path);
+    setBlocking(fd);
+    rig.serve({ fd });
+    await barrier(rig.connect());
+  });
+
+  it("that is none, or not of this kind, is refused", async () => {
+    await using rig = new Rig();
+    for (const fd of [rig.memfd(), rig.eventfd(), 12345]) {
+      expect(() => new Server(rig.device, { fd }), `fd ${fd}`).toThrow(/no unix stream socket/);
+    }
+  });
+});
 
 describe("connections", () => {
   it("BI-001: front-ends that connect and leave without a word", async () => {
