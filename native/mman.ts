@@ -40,19 +40,19 @@ export interface MemoryRange {
 
 /**
  * Maps `sizeBytes` of a file, shared and writable, over a range of a memory.
+ * Reserves what it maps (no MAP_NORESERVE): where huge pages are short this fails, instead of a later access by SIGBUS.
  * Excluded from core dumps: a crash of ours must not write a guest's pages to disk.
  * @throws SystemError with mmap's errno (EINVAL: a hugetlbfs file wants multiples of its page size; EACCES: read-only fd)
  */
 export function mapShared(range: MemoryRange, fd: number, fileOffset: bigint): void {
   const address = placeOf(range);
-  mapAt(address, range, MAP_SHARED | MAP_NORESERVE, fd, fileOffset);
+  mapAt(address, range, MAP_SHARED, fd, fileOffset);
   madvise(address, range.sizeBytes, MADV_DONTDUMP);
 }
 
 /** Tries a mapping where it harms nothing, so that a later mapShared of the same will not fail half way. @throws SystemError */
 export function checkMappable(fd: number, fileOffset: bigint, sizeBytes: bigint): void {
-  const flags = MAP_SHARED | MAP_NORESERVE;
-  const address = BigInt(mmap(0n, sizeBytes, PROT_READ | PROT_WRITE, flags, fd, fileOffset));
+  const address = BigInt(mmap(0n, sizeBytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, fileOffset));
   if (address === MAP_FAILED)
     throw systemError("mmap", `mapping ${sizeBytes} bytes of fd ${fd} at file offset ${fileOffset}`);
   munmap(address, sizeBytes);

@@ -20,6 +20,8 @@ export interface PlacedLane {
   destination: GuestPort | undefined;
   /** Whether the poller runs it. */
   running: boolean;
+  /** Its code trapped: it is not run again. */
+  trapped: boolean;
   /** The memories the poller has an instance for. */
   memories: LaneTask["memories"];
 }
@@ -91,6 +93,7 @@ export class Link {
           source,
           destination,
           running: false,
+          trapped: false,
           memories: undefined,
         });
       }
@@ -108,7 +111,7 @@ export class Link {
       lane.setVring("destination", receive);
       lane.setExtents("destination", destination.memory.extents);
     }
-    if (!transmit) return;
+    if (!transmit || placed.trapped) return;
     placed.running = true;
     await placed.poller.run({
       lane: placed.id,

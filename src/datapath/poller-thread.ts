@@ -35,6 +35,8 @@ import {
 
 /** Frames per lane and turn: large enough to spread the cost of publishing, small enough to be fair. */
 const BUDGET = 64;
+/** How long to sleep at most while a driver may add chains without a kick (SET_VRING_KICK without an fd). */
+const UNKICKED_MS = 1;
 /** Idle time before sleeping. A wake-up costs the peer a system call and us tens of microseconds. */
 const GRACE_MS = 0.05;
 
@@ -103,8 +105,7 @@ class PollerThread {
     try {
       result = lane.core.poll(BUDGET, lane.stuck);
     } catch (error) {
-      this.#park(lane.id);
-      this.#post({ type: "trapped", lane: lane.id, reason: String(error) });
+      this.#quarantine(lane, error);
       return 0;
     }
     if (result > POLL_COUNT || lane.waitingSince !== 0) this.#act(lane, result);
@@ -136,7 +137,15 @@ class PollerThread {
     let timeoutMs = -1;
     let work = 0;
     for (const lane of this.#lanes) {
-      work |= lane.core.arm(lane.stuck);
+      try {
+        work |= lane.core.arm(lane.stuck);
+      } catch (error) {
+        this.#quarantine(lane, error);
+        continue;
+      }
+      if (lane.source.kick === undefined || (lane.waitingSince !== 0 && lane.destination.kick === undefined)) {
+        timeoutMs = timeoutMs < 0 ? UNKICKED_MS : Math.min(timeoutMs, UNKICKED_MS);
+      }
       if (lane.waitingSince !== 0 && !lane.stuck) {
         const left = Math.max(0, Math.ceil(lane.waitingSince + this.#task.stallMs - performance.now()));
         timeoutMs = timeoutMs < 0 ? left : Math.min(timeoutMs, left);
@@ -150,7 +159,19 @@ class PollerThread {
         if (kicked) kicked.kicks[0]!++;
       }
     }
-    for (const lane of this.#lanes) lane.core.disarm();
+    for (const lane of this.#lanes) {
+      try {
+        lane.core.disarm();
+      } catch (error) {
+        this.#quarantine(lane, error);
+      }
+    }
+  }
+
+  /** A trap is a bug of ours: that lane stops, the others go on. */
+  #quarantine(lane: RunningLane, error: unknown): void {
+    this.#park(lane.id);
+    this.#post({ type: "trapped", lane: lane.id, reason: String(error) });
   }
 
   #handleCommands(): void {
@@ -176,7 +197,7 @@ class PollerThread {
           waitingSince: 0,
           stuck: 0,
         }
-      : { ...(known as RunningLane), source, destination, waitingSince: 0, stuck: 0 };
+      : { ...(known as RunningLane), source, destination };
     lane.core.refresh();
     this.#known.set(id, lane);
     this.#lanes.push(lane);

@@ -6,7 +6,7 @@
  * mapped pages), and lives as long as its port: a collected memory would take the mappings with it.
  */
 import { fstatSync } from "node:fs";
-import { F_SEAL_SHRINK, addSeals } from "../../native/memfd.ts";
+import { constants } from "node:os";
 import { baseAddress, checkMappable, mapAnonymous, mapShared } from "../../native/mman.ts";
 import { ProtocolError, SystemError } from "../errors.ts";
 import { EXTENTS_MAX, SEGMENTS_MAX, SEGMENT_PAGES } from "../layout/lane.ts";
@@ -66,7 +66,8 @@ export class GuestMemory {
 
   /**
    * Maps exactly these regions; those that are mapped already stay as they are.
-   * @throws ProtocolError if one cannot be mapped; then nothing has changed
+   * @throws ProtocolError if one cannot be mapped; then nothing has changed, or (`drop`) all memory is gone, where the
+   *   kernel refuses what it allowed a moment ago
    */
   setRegions(regions: readonly FileRegion[]): void {
     const wanted = regions.map((region) => ({ region, ...inspect(region) }));
@@ -83,10 +84,10 @@ export class GuestMemory {
     checkExtents(taken);
 
     for (const old of this.#regions) if (!mapped.includes(old)) this.#unmap(old);
+    this.#setMapped(mapped);
     for (const [i, { region }] of wanted.entries()) {
       if (!known[i]) this.#map(region, mapped[i] as MappedRegion);
     }
-    this.#setMapped(mapped);
   }
 
   /** Maps one region more, and touches no other. @throws ProtocolError if it cannot be mapped; then nothing has changed */
@@ -94,8 +95,8 @@ export class GuestMemory {
     const taken = this.#regions.flatMap(({ places }) => places);
     const target = this.#plan({ region, ...inspect(region) }, taken);
     checkExtents([...taken, ...target.places]);
-    this.#map(region, target);
     this.#setMapped([...this.#regions, target]);
+    this.#map(region, target);
   }
 
   /** Unmaps the region at this gpa, and touches no other. */
@@ -131,9 +132,13 @@ export class GuestMemory {
   }
 
   #map({ fd, mmapOffset }: FileRegion, { lead, places }: MappedRegion): void {
-    addSeals(fd, F_SEAL_SHRINK);
-    for (const { segment, offset, sizeBytes, start } of places) {
-      mapShared({ memory: this.#segment(segment), offset, sizeBytes }, fd, mmapOffset - lead + start);
+    try {
+      for (const { segment, offset, sizeBytes, start } of places) {
+        mapShared({ memory: this.#segment(segment), offset, sizeBytes }, fd, mmapOffset - lead + start);
+      }
+    } catch (error) {
+      this.clear();
+      throw error instanceof SystemError ? new ProtocolError(error.message, "drop") : error;
     }
   }
 
@@ -168,9 +173,15 @@ export class GuestMemory {
 
 /** Full size at once, in two steps: Node 26 runs a whole garbage collection for a memory that starts large. */
 export function createSegment(): WebAssembly.Memory {
-  const memory = new WebAssembly.Memory({ initial: 1n, maximum: BigInt(SEGMENT_PAGES), shared: true, address: "i64" });
-  memory.grow(BigInt(SEGMENT_PAGES - 1));
-  return memory;
+  const pages = BigInt(SEGMENT_PAGES);
+  try {
+    const memory = new WebAssembly.Memory({ initial: 1n, maximum: pages, shared: true, address: "i64" });
+    memory.grow(pages - 1n);
+    return memory;
+  } catch {
+    const what = "reserving 16 GiB of address space; is it limited (ulimit -v)?";
+    throw new SystemError("mmap", constants.errno.ENOMEM, "ENOMEM", what);
+  }
 }
 
 /** The exact bytes of a region: what is mapped around them, for the sake of whole pages, is nobody's memory. */

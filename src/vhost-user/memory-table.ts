@@ -6,6 +6,7 @@
  */
 import { fstatSync } from "node:fs";
 import { isMemoryFile, isReadWrite } from "../../native/fd.ts";
+import { addSeals, F_SEAL_SHRINK } from "../../native/memfd.ts";
 import { ProtocolError } from "../errors.ts";
 import type { RegionRecord } from "./codec.ts";
 import type { MemoryRegion } from "./device.ts";
@@ -115,6 +116,8 @@ function checkOverlap(index: number, region: RegionRecord, other: RegionRecord):
 
 /** A load from a page past a file's end kills the process, one from a network file may hang it. */
 function checkedFile(index: number, { mmapOffset, sizeBytes }: RegionRecord, fd: number): string {
+  // First the seal, where the file takes one, then the length: nobody can shorten it in between.
+  addSeals(fd, F_SEAL_SHRINK);
   const stat = fstatSync(fd, { bigint: true });
   if (!stat.isFile() || !isMemoryFile(fd)) {
     throw new ProtocolError(`region ${index} is no file on tmpfs or hugetlbfs; use a memfd or a file in /dev/shm`);
