@@ -55,7 +55,6 @@ import {
 import { count } from "../stats";
 import { NOWHERE, hitSegment } from "../translate";
 import {
-  BUFFERS_BROKEN,
   BUFFERS_NONE,
   BUFFERS_READY,
   BUFFERS_TOO_SMALL,
