@@ -195,6 +195,19 @@ describe("notifications", () => {
     }
   });
 
+  test("2.7.10 a lane that waits with some buffers at hand asks for the kick of the next one, not of one it has", () => {
+    const stage = new Stage(receive, { ring: { eventIdx: true, base: 65_535 } });
+    stage.post(64);
+    stage.send(100);
+    expect(stage.judge.poll()).toMatchObject({ taken: 0, waiting: true });
+    expect(stage.judge.arm()).toBe(false);
+    const { ram, ring } = stage.rig.destination;
+    expect(ram.view.getUint16(ram.at(ring.used) + 4 + 8 * ring.size, true)).toBe(0);
+    stage.post(64);
+    expect(stage.judge.arm()).toBe(true);
+    expect(stage.judge.poll()).toMatchObject({ taken: 1, waiting: false });
+  });
+
   test("BI-203 garbage in avail.flags: only NO_INTERRUPT counts", () => {
     const stage = new Stage(receive);
     for (const flags of [0xfffe, 0xffff, 0x8000, 1, 0]) {
