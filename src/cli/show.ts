@@ -1,6 +1,6 @@
 /** `vhost-relay show`: a table on a terminal, JSON with -j, indented with -p. */
 import { findRelays, readState, type FoundRelay } from "../control/api.ts";
-import type { LaneSnapshot } from "../datapath/relay.ts";
+import type { LaneSnapshot, PortState } from "../datapath/relay.ts";
 import { SystemError } from "../errors.ts";
 
 export async function show(options: { json?: boolean; pretty?: boolean; control?: string }): Promise<void> {
@@ -30,7 +30,7 @@ const COLUMNS: [title: string, value: (lane: LaneSnapshot) => string | number][]
 function describe({ socket, state }: FoundRelay): string {
   const lines = [`relay ${socket}`];
   for (const link of state.links) {
-    lines.push(`  ${link.name}: ${link.ports.map(({ port, state }) => `${port} (${state})`).join("  <->  ")}`);
+    lines.push(`  ${link.name}: ${link.ports.map(describePort).join("  <->  ")}`);
     if (link.lanes.length > 0) lines.push(...table(link.lanes).map((line) => `    ${line}`));
     for (const lane of link.lanes) {
       const drops = Object.entries(lane.drops).filter(([, n]) => n > 0);
@@ -39,6 +39,10 @@ function describe({ socket, state }: FoundRelay): string {
     }
   }
   return `${lines.join("\n")}\n`;
+}
+
+function describePort({ port, state, mtu }: PortState): string {
+  return `${port} (${state}${mtu === null ? "" : `, mtu ${mtu}`})`;
 }
 
 function table(lanes: readonly LaneSnapshot[]): string[] {

@@ -49,6 +49,8 @@ export interface LinkState {
 export interface PortState {
   port: string;
   state: GuestPort["state"] | "ready";
+  /** The guest's MTU; null: nobody said. */
+  mtu: number | null;
 }
 
 export interface LaneSnapshot extends LaneCounters {
@@ -130,9 +132,8 @@ export class Relay implements AsyncDisposable {
   #makePort(spec: Spec): AnyPort {
     if (spec.kind !== "vhost-user") return { kind: spec.kind, spec: spec.text };
     return new VhostUserPort({
+      ...spec,
       spec: spec.text,
-      socket: spec.socket,
-      queuePairs: spec.queuePairs,
       onEvent: (event) => this.#onEvent({ port: spec.text, ...event }),
     });
   }
@@ -154,12 +155,13 @@ export class Relay implements AsyncDisposable {
 
 type Spec = ReturnType<typeof parsePort>;
 
-function portState(port: AnyPort): PortState {
-  return { port: port.spec, state: isGuestPort(port) ? port.state : "ready" };
-}
-
 function nameOf(socket: SocketAddress): string {
   return "fd" in socket ? `fd ${socket.fd}` : socket.path;
+}
+
+function portState(port: AnyPort): PortState {
+  if (!isGuestPort(port)) return { port: port.spec, state: "ready", mtu: null };
+  return { port: port.spec, state: port.state, mtu: port.mtu ?? null };
 }
 
 function snapshot(link: Link, { lane, pair, source, destination, running }: PlacedLane): LaneSnapshot {

@@ -132,6 +132,10 @@ export const MEM_REGION_MMAP_OFFSET = 24;
 export const SINGLE_REGION_SIZE = 40;
 export const SINGLE_REGION = 8;
 
-// Payload sizes of requests that are answered with an error only
+// The payload of GET_CONFIG and SET_CONFIG: u32 offset, u32 size, u32 flags, then `size` bytes
 export const CONFIG_HEADER_SIZE = 12;
+export const CONFIG_OFFSET = 0;
+export const CONFIG_SIZE = 4;
+
+// Payload sizes of requests that are answered with an error only
 export const INFLIGHT_SIZE = 24;

@@ -45,6 +45,8 @@ export interface GuestPort {
   readonly spec: string;
   readonly queuePairs: number;
   readonly memory: GuestMemory;
+  /** The guest's MTU, if anybody said. */
+  readonly mtu: number | undefined;
   /** What its front-end is doing, for the operator. */
   readonly state: "listening" | "connecting" | "connected" | "running" | "ended";
   /** The virtqueue, if it is started. */

@@ -10,14 +10,22 @@ import {
   AVAIL_ENTRY_SIZE,
   AVAIL_RING,
   DESC_SIZE,
+  NET_CONFIG_MAC,
+  NET_CONFIG_MAX_VIRTQUEUE_PAIRS,
+  NET_CONFIG_MTU,
+  NET_CONFIG_SIZE,
+  NET_CONFIG_STATUS,
   NET_HDR_SIZE,
   NET_HDR_SIZE_LEGACY,
   USED_ENTRY_SIZE,
   USED_RING,
   VIRTIO_F_ANY_LAYOUT,
   VIRTIO_F_VERSION_1,
+  VIRTIO_NET_F_MAC,
   VIRTIO_NET_F_MQ,
   VIRTIO_NET_F_MRG_RXBUF,
+  VIRTIO_NET_F_MTU,
+  VIRTIO_NET_S_LINK_UP,
   VIRTIO_RING_F_EVENT_IDX,
   VIRTIO_RING_F_INDIRECT_DESC,
 } from "../layout/virtio.ts";
@@ -25,8 +33,8 @@ import { GuestMemory } from "../memory/guest-memory.ts";
 import type { Device, MemoryRegion, Vring } from "../vhost-user/device.ts";
 import { Server, type ServerEvent } from "../vhost-user/server.ts";
 import type { Area, Change, GuestPort, RunningVring } from "./port.ts";
+import type { VhostUserSpec } from "./spec.ts";
 
-import type { SocketAddress } from "../vhost-user/endpoint.ts";
 /** Virtio features offered whatever the number of queues. */
 const FEATURES = [
   VIRTIO_NET_F_MRG_RXBUF,
@@ -36,10 +44,8 @@ const FEATURES = [
   VIRTIO_F_VERSION_1,
 ];
 
-export interface VhostUserOptions {
+export interface VhostUserOptions extends Omit<VhostUserSpec, "kind" | "text"> {
   spec: string;
-  socket: SocketAddress;
-  queuePairs: number;
   onEvent: (event: ServerEvent) => void;
 }
 
@@ -47,23 +53,47 @@ export class VhostUserPort implements GuestPort, Device {
   readonly kind = "vhost-user";
   readonly spec: string;
   readonly queuePairs: number;
+  readonly queueUnit: Device["queueUnit"];
   readonly features: bigint;
   readonly memory = new GuestMemory();
   readonly #options: VhostUserOptions;
   readonly #vrings = new Map<number, RunningVring>();
   #acknowledged = 0n;
+  #frontendMtu: number | undefined;
   #connected = false;
+  #ended = false;
   #server: Server | undefined;
   #change: Change = () => Promise.reject(new Error("the port is not open"));
   #nextAvail: (index: number) => number = () => 0;
-  #ended = false;
 
   constructor(options: VhostUserOptions) {
     this.#options = options;
     this.spec = options.spec;
     this.queuePairs = options.queuePairs;
-    const bits = options.queuePairs > 1 ? [...FEATURES, VIRTIO_NET_F_MQ] : FEATURES;
+    this.queueUnit = options.queueUnit;
+    const bits = [...FEATURES];
+    if (options.queuePairs > 1) bits.push(VIRTIO_NET_F_MQ);
+    if (options.mac) bits.push(VIRTIO_NET_F_MAC);
+    if (options.mtu !== undefined) bits.push(VIRTIO_NET_F_MTU);
     this.features = bits.reduce((mask, bit) => mask | (1n << BigInt(bit)), 0n);
+  }
+
+  /** The guest's MTU as far as it is known: what the front-end said, else what the user said. */
+  get mtu(): number | undefined {
+    return this.#frontendMtu ?? this.#options.mtu;
+  }
+
+  /** Served only if the user gave a MAC address or an MTU: a front-end's own space is otherwise the better one. */
+  get config(): Uint8Array | undefined {
+    const { mac } = this.#options;
+    if (mac === undefined && this.mtu === undefined) return undefined;
+    const bytes = new Uint8Array(NET_CONFIG_SIZE);
+    const view = new DataView(bytes.buffer);
+    bytes.set(mac ?? [], NET_CONFIG_MAC);
+    view.setUint16(NET_CONFIG_STATUS, VIRTIO_NET_S_LINK_UP, true);
+    view.setUint16(NET_CONFIG_MAX_VIRTQUEUE_PAIRS, this.queuePairs, true);
+    view.setUint16(NET_CONFIG_MTU, this.mtu ?? 0, true);
+    return bytes;
   }
 
   get state(): GuestPort["state"] {
@@ -85,6 +115,10 @@ export class VhostUserPort implements GuestPort, Device {
 
   async close(): Promise<void> {
     await this.#server?.[Symbol.asyncDispose]();
+  }
+
+  setMtu(mtu: number): void {
+    this.#frontendMtu = mtu;
   }
 
   async setFeatures(features: bigint): Promise<void> {
@@ -128,6 +162,7 @@ export class VhostUserPort implements GuestPort, Device {
       this.#vrings.clear();
       this.memory.clear();
       this.#acknowledged = 0n;
+      this.#frontendMtu = undefined;
     });
   }
 
@@ -171,7 +206,7 @@ export class VhostUserPort implements GuestPort, Device {
   #observe(event: ServerEvent): void {
     if (event.type === "connect") this.#connected = true;
     if (event.type === "disconnect") this.#connected = false;
+    if (event.type === "end") this.#ended = true;
     this.#options.onEvent(event);
   }
 }
-    if (event.type === "end") this.#ended = true;

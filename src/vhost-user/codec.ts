@@ -205,6 +205,34 @@ export function decodeSingleRegion(payload: Buffer): RegionRecord {
   return readRegion(payload, L.SINGLE_REGION);
 }
 
+/** A piece of the configuration space. */
+export interface ConfigRange {
+  offset: number;
+  size: number;
+}
+
+/** The request for a piece: as long as its reply. */
+export function encodeConfig({ offset, size }: ConfigRange): Buffer {
+  const bytes = Buffer.alloc(L.CONFIG_HEADER_SIZE + size);
+  bytes.writeUInt32LE(offset, L.CONFIG_OFFSET);
+  bytes.writeUInt32LE(size, L.CONFIG_SIZE);
+  return bytes;
+}
+
+/** @throws ProtocolError unless the piece is inside the configuration space and the payload has room for it, no more */
+export function decodeConfig(payload: Buffer): ConfigRange {
+  const hasHeader = payload.length >= L.CONFIG_HEADER_SIZE;
+  const offset = hasHeader ? payload.readUInt32LE(L.CONFIG_OFFSET) : 0;
+  const size = hasHeader ? payload.readUInt32LE(L.CONFIG_SIZE) : 0;
+  if (size === 0 || offset + size > L.CONFIG_SIZE_MAX || payload.length !== L.CONFIG_HEADER_SIZE + size) {
+    throw new ProtocolError(
+      `configuration bytes ${offset} to ${offset + size} in a payload of ${payload.length}, ` +
+        `expected some of ${L.CONFIG_SIZE_MAX} and a payload ${L.CONFIG_HEADER_SIZE} longer`,
+    );
+  }
+  return { offset, size };
+}
+
 function writeRegion(bytes: Buffer, at: number, region: RegionRecord): void {
   bytes.writeBigUInt64LE(region.gpa, at + L.MEM_REGION_GPA);
   bytes.writeBigUInt64LE(region.sizeBytes, at + L.MEM_REGION_BYTES);

@@ -12,6 +12,7 @@ import {
   closeFds,
   decodeU64,
   decodeVringState,
+  encodeConfig,
   encodeMemTable,
   encodeMessage,
   encodeSingleRegion,
@@ -19,7 +20,7 @@ import {
   encodeVringAddress,
   encodeVringState,
 } from "./codec.ts";
-import type { Message, RegionRecord } from "./codec.ts";
+import type { ConfigRange, Message, RegionRecord } from "./codec.ts";
 import { Connection } from "./connection.ts";
 import type { Areas } from "./vring.ts";
 
@@ -128,6 +129,16 @@ export class Frontend implements Disposable {
 
   async setBackendReqFd(fd: number): Promise<void> {
     await this.command(L.VHOST_USER_SET_BACKEND_REQ_FD, NOTHING, [fd]);
+  }
+
+  /** @returns the bytes of that piece of the configuration space; none if the back-end refuses */
+  async getConfig(range: ConfigRange): Promise<Buffer> {
+    const reply = await this.request(L.VHOST_USER_GET_CONFIG, encodeConfig(range));
+    return reply.subarray(L.CONFIG_HEADER_SIZE);
+  }
+
+  async netSetMtu(mtu: number): Promise<void> {
+    await this.command(L.VHOST_USER_NET_SET_MTU, encodeU64(BigInt(mtu)));
   }
 
   async resetDevice(): Promise<void> {

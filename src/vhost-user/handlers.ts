@@ -9,19 +9,21 @@ import { fdKind, isWritable, setNonBlocking } from "../../native/fd.ts";
 import type { FdKind } from "../../native/fd.ts";
 import { ProtocolError } from "../errors.ts";
 import * as L from "../layout/vhost-user.ts";
-import { VRING_SIZE_MAX } from "../layout/virtio.ts";
+import { MTU_MAX, MTU_MIN, VRING_SIZE_MAX } from "../layout/virtio.ts";
 import {
+  decodeConfig,
   decodeMemTable,
   decodeSingleRegion,
   decodeU64,
   decodeVringAddress,
   decodeVringState,
+  encodeConfig,
   encodeU64,
   encodeVringState,
 } from "./codec.ts";
 import type { Message } from "./codec.ts";
 import { hex } from "./memory-table.ts";
-import { bit, OFFERED_PROTOCOL_FEATURES, PROTOCOL_FEATURES_BIT } from "./state.ts";
+import { bit, PROTOCOL_FEATURES_BIT } from "./state.ts";
 import type { SessionState } from "./state.ts";
 import { checkAddresses } from "./vring.ts";
 import type { VringState } from "./vring.ts";
@@ -43,7 +45,7 @@ export const setFeatures: Handler = async (state, { payload }) => {
   state.featuresRefused = false;
 };
 
-export const getProtocolFeatures: Handler = () => encodeU64(OFFERED_PROTOCOL_FEATURES);
+export const getProtocolFeatures: Handler = ({ offeredProtocolFeatures }) => encodeU64(offeredProtocolFeatures);
 
 export const setProtocolFeatures: Handler = (state, { payload }) => {
   const features = decodeU64(payload);
@@ -51,11 +53,12 @@ export const setProtocolFeatures: Handler = (state, { payload }) => {
   if (features & bit(L.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS) && (features & inbandNeeds) !== inbandNeeds) {
     throw new ProtocolError("INBAND_NOTIFICATIONS without REPLY_ACK and BACKEND_REQ", "drop");
   }
-  checkOffered("protocol feature", features, OFFERED_PROTOCOL_FEATURES);
+  checkOffered("protocol feature", features, state.offeredProtocolFeatures);
   state.protocolFeatures = features;
 };
 
-export const getQueueNum: Handler = ({ device }) => encodeU64(BigInt(device.queuePairs));
+export const getQueueNum: Handler = ({ device, vrings }) =>
+  encodeU64(BigInt(device.queueUnit === "pairs" ? device.queuePairs : vrings.length));
 
 export const setMemTable: Handler = async (state, { payload, fds }) => {
   const records = decodeMemTable(payload);
@@ -144,6 +147,24 @@ export const setBackendReqFd: Handler = (state, { fds }) => {
   if (fdKind(fd) !== "socket") throw new ProtocolError("the fd of SET_BACKEND_REQ_FD is no socket");
   fds.length = 0;
   state.setBackendRequestFd(fd);
+};
+
+export const getConfig: Handler = ({ device }, { payload }) => {
+  const { offset, size } = decodeConfig(payload);
+  const reply = encodeConfig({ offset, size });
+  reply.set(device.config?.subarray(offset, offset + size) ?? [], L.CONFIG_HEADER_SIZE);
+  return reply;
+};
+
+export const setConfig: Handler = () => {
+  throw new ProtocolError("the whole configuration space is read-only");
+};
+
+/** Comes before SET_FEATURES, so it cannot depend on what the driver acknowledges. */
+export const netSetMtu: Handler = ({ device }, { payload }) => {
+  const mtu = decodeU64(payload);
+  if (mtu < MTU_MIN || mtu > MTU_MAX) throw new ProtocolError(`MTU ${mtu}, expected ${MTU_MIN} to ${MTU_MAX}`);
+  device.setMtu(Number(mtu));
 };
 
 export const resetDevice: Handler = (state) => state.resetDevice();

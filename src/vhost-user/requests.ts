@@ -34,6 +34,8 @@ export interface Request {
 const { U64_SIZE, VRING_STATE_SIZE, VRING_ADDR_SIZE, SINGLE_REGION_SIZE } = L;
 const MQ = L.VHOST_USER_PROTOCOL_F_MQ;
 const BACKEND_REQ = L.VHOST_USER_PROTOCOL_F_BACKEND_REQ;
+const MTU = L.VHOST_USER_PROTOCOL_F_MTU;
+const CONFIG = L.VHOST_USER_PROTOCOL_F_CONFIG;
 const RESET = L.VHOST_USER_PROTOCOL_F_RESET_DEVICE;
 const STATUS = L.VHOST_USER_PROTOCOL_F_STATUS;
 const MEM_SLOTS = L.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS;
@@ -68,6 +70,10 @@ export const requests: ReadonlyMap<number, Request> = new Map<number, Request>([
     L.VHOST_USER_SET_BACKEND_REQ_FD,
     offered("SET_BACKEND_REQ_FD", 0, ackOrIgnore, handlers.setBackendReqFd, BACKEND_REQ),
   ],
+  [L.VHOST_USER_NET_SET_MTU, offered("NET_SET_MTU", U64_SIZE, ackOrIgnore, handlers.netSetMtu, MTU)],
+  // A reply without payload says no
+  [L.VHOST_USER_GET_CONFIG, offered("GET_CONFIG", undefined, Buffer.alloc(0), handlers.getConfig, CONFIG)],
+  [L.VHOST_USER_SET_CONFIG, offered("SET_CONFIG", undefined, ackOrIgnore, handlers.setConfig, CONFIG)],
   [L.VHOST_USER_RESET_DEVICE, offered("RESET_DEVICE", 0, ackOrDrop, handlers.resetDevice, RESET)],
   [L.VHOST_USER_GET_MAX_MEM_SLOTS, offered("GET_MAX_MEM_SLOTS", 0, drop, handlers.getMaxMemSlots, MEM_SLOTS)],
   [L.VHOST_USER_ADD_MEM_REG, offered("ADD_MEM_REG", SINGLE_REGION_SIZE, ackOrDrop, handlers.addMemReg, MEM_SLOTS)],
@@ -78,11 +84,8 @@ export const requests: ReadonlyMap<number, Request> = new Map<number, Request>([
   [L.VHOST_USER_SET_LOG_BASE, refused("SET_LOG_BASE", ackOrDrop)],
   [L.VHOST_USER_SET_LOG_FD, refused("SET_LOG_FD", ackOrIgnore)],
   [L.VHOST_USER_SEND_RARP, refused("SEND_RARP", ackOrIgnore)],
-  [L.VHOST_USER_NET_SET_MTU, refused("NET_SET_MTU", ackOrIgnore)],
   [L.VHOST_USER_IOTLB_MSG, refused("IOTLB_MSG", no)],
   [L.VHOST_USER_SET_VRING_ENDIAN, refused("SET_VRING_ENDIAN", ackOrDrop)],
-  [L.VHOST_USER_GET_CONFIG, refused("GET_CONFIG", Buffer.alloc(0))],
-  [L.VHOST_USER_SET_CONFIG, refused("SET_CONFIG", ackOrIgnore)],
   [L.VHOST_USER_CREATE_CRYPTO_SESSION, refused("CREATE_CRYPTO_SESSION", drop)],
   [L.VHOST_USER_CLOSE_CRYPTO_SESSION, refused("CLOSE_CRYPTO_SESSION", ackOrIgnore)],
   [L.VHOST_USER_POSTCOPY_ADVISE, refused("POSTCOPY_ADVISE", drop)],

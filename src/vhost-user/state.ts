@@ -9,9 +9,11 @@ import { ProtocolError, RelayError } from "../errors.ts";
 import {
   MEM_SLOTS_MAX,
   VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+  VHOST_USER_PROTOCOL_F_CONFIG,
   VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
   VHOST_USER_PROTOCOL_F_GPA_ADDRESSES,
   VHOST_USER_PROTOCOL_F_MQ,
+  VHOST_USER_PROTOCOL_F_MTU,
   VHOST_USER_PROTOCOL_F_REPLY_ACK,
   VHOST_USER_PROTOCOL_F_RESET_DEVICE,
   VHOST_USER_PROTOCOL_F_STATUS,
@@ -19,6 +21,7 @@ import {
 import {
   VHOST_USER_F_PROTOCOL_FEATURES,
   VIRTIO_CONFIG_S_FEATURES_OK,
+  VIRTIO_NET_F_MTU,
   VIRTIO_RING_F_EVENT_IDX,
 } from "../layout/virtio.ts";
 import type { RegionRecord } from "./codec.ts";
@@ -28,8 +31,8 @@ import { VringState } from "./vring.ts";
 
 export const PROTOCOL_FEATURES_BIT = bit(VHOST_USER_F_PROTOCOL_FEATURES);
 
-/** The protocol features this back-end offers. */
-export const OFFERED_PROTOCOL_FEATURES =
+/** The protocol features that every device gets. */
+const COMMON_PROTOCOL_FEATURES =
   bit(VHOST_USER_PROTOCOL_F_MQ) |
   bit(VHOST_USER_PROTOCOL_F_REPLY_ACK) |
   bit(VHOST_USER_PROTOCOL_F_BACKEND_REQ) |
@@ -54,6 +57,15 @@ export class SessionState {
   constructor(device: Device) {
     this.device = device;
     this.vrings = Array.from({ length: 2 * device.queuePairs }, (_, index) => new VringState(index));
+  }
+
+  get offeredProtocolFeatures(): bigint {
+    const { config, features } = this.device;
+    return (
+      COMMON_PROTOCOL_FEATURES |
+      (config === undefined ? 0n : bit(VHOST_USER_PROTOCOL_F_CONFIG)) |
+      ((features & bit(VIRTIO_NET_F_MTU)) === 0n ? 0n : bit(VHOST_USER_PROTOCOL_F_MTU))
+    );
   }
 
   /** @throws ProtocolError when there is no such ring */

@@ -45,13 +45,19 @@ export type Call =
 
 /** Does nothing but remember, in the order asked; stops a ring at `stopIndex`. */
 export class RecordingDevice implements Device {
-  readonly features = VERSION_1 | EVENT_IDX;
+  features = VERSION_1 | EVENT_IDX;
   readonly queuePairs = 2;
+  queueUnit: Device["queueUnit"] = "pairs";
+  config: Uint8Array | undefined;
+  mtu: number | undefined;
   readonly calls: Call[] = [];
   stopIndex = 0;
   /** Called before a call completes; throwing refuses it, awaiting delays it. */
   before: (call: Call) => Promise<void> | void = () => {};
 
+  setMtu(mtu: number) {
+    this.mtu = mtu;
+  }
   setFeatures(features: bigint) {
     return this.#record({ name: "setFeatures", features });
   }
