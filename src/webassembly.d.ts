@@ -21,7 +21,7 @@ declare namespace WebAssembly {
     static exports(module: Module): { name: string; kind: string }[];
   }
   class Instance {
-    constructor(module: Module, imports: Record<string, Record<string, Memory | CallableFunction>>);
+    constructor(module: Module, imports: Record<string, Record<string, Memory | CallableFunction | number>>);
     readonly exports: Record<string, unknown>;
   }
   class RuntimeError extends Error {}

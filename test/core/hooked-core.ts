@@ -4,6 +4,7 @@
  */
 import type { Core } from "../../src/datapath/core.ts";
 import { loadModule } from "../../src/datapath/core.ts";
+import { SEGMENTS_MAX } from "../../src/layout/lane.ts";
 import type { Extent } from "../../src/memory/guest-memory.ts";
 
 export interface Access {
@@ -92,6 +93,7 @@ export function instantiateHooked(
     store32: store(32),
     store64: store(64),
     copy,
+    segmentsPerEnd: SEGMENTS_MAX,
   };
   return new WebAssembly.Instance(loadModule("core-hooked"), { env: { memory }, guest }).exports as unknown as Core;
 }

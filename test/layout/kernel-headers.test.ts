@@ -6,7 +6,13 @@ import { join } from "node:path";
 import { expect, test } from "vitest";
 import * as virtio from "../../src/layout/virtio.ts";
 
-const HEADERS = ["linux/virtio_ring.h", "linux/virtio_net.h", "linux/virtio_config.h", "linux/vhost_types.h"];
+const HEADERS = [
+  "linux/virtio_ring.h",
+  "linux/virtio_net.h",
+  "linux/virtio_config.h",
+  "linux/vhost_types.h",
+  "linux/if_ether.h",
+];
 
 /** What each constant is in C. */
 const inC: Record<string, string> = {
@@ -37,6 +43,13 @@ const inC: Record<string, string> = {
   NET_HDR_NUM_BUFFERS: "offsetof(struct virtio_net_hdr_mrg_rxbuf, num_buffers)",
   NET_HDR_SIZE_LEGACY: "sizeof(struct virtio_net_hdr)",
   NET_HDR_SIZE: "sizeof(struct virtio_net_hdr_mrg_rxbuf)",
+  NET_CONFIG_MAC: "offsetof(struct virtio_net_config, mac)",
+  NET_CONFIG_STATUS: "offsetof(struct virtio_net_config, status)",
+  NET_CONFIG_MAX_VIRTQUEUE_PAIRS: "offsetof(struct virtio_net_config, max_virtqueue_pairs)",
+  NET_CONFIG_MTU: "offsetof(struct virtio_net_config, mtu)",
+  NET_CONFIG_SIZE: "offsetof(struct virtio_net_config, speed)", // the first field that is not served
+  MTU_MIN: "ETH_MIN_MTU",
+  MTU_MAX: "ETH_MAX_MTU",
 };
 
 /** What no kernel header says, with where it is said instead. */

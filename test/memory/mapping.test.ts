@@ -2,7 +2,7 @@
 import { fstatSync, openSync, readFileSync, readSync, writeFileSync, writeSync } from "node:fs";
 import { afterEach, describe, expect, test } from "vitest";
 import { close } from "../../native/libc.ts";
-import { F_SEAL_SHRINK, getSeals, memfdCreate } from "../../native/memfd.ts";
+import { memfdCreate } from "../../native/memfd.ts";
 import { baseAddress } from "../../native/mman.ts";
 import { ProtocolError } from "../../src/errors.ts";
 import { type FileRegion, GuestMemory } from "../../src/memory/guest-memory.ts";
@@ -111,14 +111,6 @@ describe("what is mapped", () => {
       byteAt(memory, gpa)[0] = Number(gpa % 251n) + 1;
       expect(readByte(fd, gpa - GIB)).toBe(Number(gpa % 251n) + 1);
     }
-  });
-
-  test("the file is sealed against shrinking", () => {
-    const memory = new GuestMemory();
-    const fd = file(0x1000n);
-    expect(getSeals(fd) & F_SEAL_SHRINK).toBe(0);
-    memory.setRegions([region(0n, 0x1000n, fd)]);
-    expect(getSeals(fd) & F_SEAL_SHRINK).toBe(F_SEAL_SHRINK);
   });
 });
 
