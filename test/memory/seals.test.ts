@@ -27,6 +27,6 @@ test("memory of a table is sealed against shrinking: truncating it fails from th
 test("BI-081 memory that takes no more seals is accepted as it is", () => {
   const fd = file();
   addSeals(fd, F_SEAL_SEAL);
-  expect(MemoryTable.of([region(fd)]).translate(0x10_0000n, 0x2000n)).toBe(0n);
+  expect(() => MemoryTable.of([region(fd)])).not.toThrow();
   expect(getSeals(fd)).toBe(F_SEAL_SEAL);
 });
