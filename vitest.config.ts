@@ -7,7 +7,7 @@ export default defineConfig({
     exclude: [...configDefaults.exclude, "test/guests/**"],
     // Processes of their own: tests count the fds and mappings of theirs.
     pool: "forks",
-    testTimeout: 30_000,
-    hookTimeout: 30_000,
+    testTimeout: 120_000,
+    hookTimeout: 120_000,
   },
 });

@@ -24,7 +24,7 @@ import {
   VRING_SIZE,
 } from "../src/layout/lane.ts";
 import { end, load64, load8 } from "./guest";
-import { NOWHERE, offset, offsetInHit, segment, translate } from "./translate";
+import { offset, segment, translate } from "./translate";
 import { vringOf } from "./vring";
 
 /** What the last walk found: the sum of all lengths, and the place behind its last piece. */
@@ -49,16 +49,6 @@ export function loadDescRest<E>(index: u32): u64 {
   const vring = vringOf<E>();
   const table = load<u64>(vring, VRING_DESC);
   return load64(end<E>(), load<u32>(vring, VRING_DESC_SEGMENT), table + <u64>index * DESC_SIZE + DESC_LEN);
-}
-
-/**
- * The short way for the usual chain, one descriptor whose buffer lies in one piece where the last one did: its offset in
- * hitSegment(). NOWHERE says that it must be walked.
- */
-export function offsetOfOnly<E>(address: u64, rest: u64): u64 {
-  const links: u64 = (<u64>(VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT | VRING_DESC_F_WRITE)) << 32;
-  const expected: u64 = end<E>() ? (<u64>VRING_DESC_F_WRITE) << 32 : 0;
-  return (rest & links) == expected ? offsetInHit<E>(address, rest & 0xffff_ffff) : NOWHERE;
 }
 
 /**

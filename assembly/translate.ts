@@ -39,25 +39,6 @@ export function translate<E>(gpa: u64): u64 {
   return load<u64>(hit, EXTENT_SIZE) - into;
 }
 
-/** Stands for "not in one piece": no segment is that large. */
-export const NOWHERE: u64 = u64.MAX_VALUE;
-
-/**
- * The short way: the offset of a range that lies whole in the extent found last, in hitSegment(); NOWHERE if it does not,
- * which says nothing yet.
- */
-export function offsetInHit<E>(gpa: u64, length: u64): u64 {
-  const hit: usize = end<E>() ? DESTINATION_HIT : SOURCE_HIT;
-  const into = gpa - load<u64>(hit, EXTENT_GPA);
-  const size = load<u64>(hit, EXTENT_SIZE);
-  return into < size && length <= size - into ? load<u64>(hit, EXTENT_OFFSET) + into : NOWHERE;
-}
-
-/** The segment of the extent found last. */
-export function hitSegment<E>(): u32 {
-  return load<u32>(end<E>() ? DESTINATION_HIT : SOURCE_HIT, EXTENT_SEGMENT);
-}
-
 /** Forgets the extents found last; the control plane has changed them. */
 export function forgetExtents(): void {
   store<u64>(SOURCE_HIT, 0, EXTENT_SIZE);

@@ -33,7 +33,7 @@ export const NOT_WAITING: u32 = 0x1_0000;
 export let waitingAt: u32 = NOT_WAITING;
 
 /** The avail index as last loaded: chains before it may be taken. */
-let availLimit: u32 = 0;
+export let availLimit: u32 = 0;
 let mergedEnd: usize = 0;
 
 /** At the start of a poll: what was loaded before is old. */
@@ -58,7 +58,10 @@ export function peekBuffer(next: u32): u32 {
   availLimit = loadAvailIndex<Destination>();
   // Counted from the chains already taken: an index that runs backwards meanwhile is no index either.
   const taken = (next - nextAvail<Destination>()) & 0xffff;
-  if (((availLimit - next) & 0xffff) + taken > load<u32>(DESTINATION_VRING, VRING_SIZE)) return BUFFERS_BROKEN;
+  if (((availLimit - next) & 0xffff) + taken > load<u32>(DESTINATION_VRING, VRING_SIZE)) {
+    availLimit = next; // nothing may be taken
+    return BUFFERS_BROKEN;
+  }
   return next == availLimit ? BUFFERS_NONE : BUFFERS_READY;
 }
 

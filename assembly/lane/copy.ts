@@ -5,8 +5,8 @@
  * written; if there are too few, nothing has happened and the transmit chain stays where it is: the lane waits for
  * buffers (the poller decides how long) and the source ring is its queue.
  *
- * The usual frame is one descriptor that goes into one descriptor: that way keeps everything in registers. Whatever else is
- * legal goes through lists of pieces.
+ * Usual frames, one descriptor into one, are carried in runs (run.ts). Whatever else is legal goes through lists of
+ * pieces, one frame at a time.
  */
 import {
   COUNT_BATCHES,
@@ -38,9 +38,9 @@ import {
   VRING_SINK,
   VRING_SIZE,
 } from "../../src/layout/lane.ts";
-import { WALK_MAX, chainBytes, loadDescAddress, loadDescRest, offsetOfOnly, walk, walked } from "../chain";
-import { Destination, Source, copy } from "../guest";
-import { asksForOffload, isOffloadHeader, storeHeader, storeHeaderPieces } from "../net-header";
+import { WALK_MAX, chainBytes, loadDescAddress, loadDescRest, walk, walked } from "../chain";
+import { Destination, Source } from "../guest";
+import { asksForOffload, storeHeaderPieces } from "../net-header";
 import { isCallDue, isCallUndecided, requestKick, suppressKicks } from "../notify";
 import {
   breakRing,
@@ -53,7 +53,6 @@ import {
   setNextAvail,
 } from "../split";
 import { count } from "../stats";
-import { NOWHERE, hitSegment } from "../translate";
 import {
   BUFFERS_NONE,
   BUFFERS_READY,
@@ -69,6 +68,23 @@ import {
   waitingAt,
 } from "./buffers";
 import { copyPieces } from "./pieces";
+import {
+  LOADED_BUFFER,
+  LOADED_BUFFER_HEAD,
+  LOADED_CHAIN,
+  LOADED_HEAD,
+  LOADED_OFFLOAD,
+  carryRun,
+  loaded,
+  loadedAddress,
+  loadedBufferAddress,
+  loadedBufferHead,
+  loadedBufferRest,
+  loadedHead,
+  loadedRest,
+  runBytes,
+  skipRun,
+} from "./run";
 
 /** What became of one transmit chain. */
 const DELIVERED: u32 = 0;
@@ -109,14 +125,22 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
   let taken: u32 = 0;
   let delivered: u64 = 0;
   let bytes: u64 = 0;
+  const enabled = (load<u32>(SOURCE_VRING, VRING_FLAGS) & VRING_ENABLED) != 0;
   for (; taken < limit && walked - walkedBefore <= WALK_MAX; ++taken) {
-    const head = loadHead<Source>(first + taken);
+    if (enabled && receiving && peekBuffer(nextAvail<Destination>()) == BUFFERS_READY) {
+      const run = carryRun(first + taken, limit - taken);
+      delivered += run;
+      bytes += runBytes;
+      taken += run;
+      if (taken == limit) break;
+    } else skipRun();
+    const head = loaded >= LOADED_HEAD ? loadedHead : loadHead<Source>(first + taken);
     if (head >= size) {
       breakRing<Source>();
       result |= POLL_BROKE_SOURCE;
       break;
     }
-    let outcome = carryFrame(head);
+    let outcome = enabled ? carryFrame(head) : drop(COUNT_DROP_DISABLED);
     if (outcome == NO_BUFFERS) {
       if (!dropWhenStuck) break;
       count(COUNT_DROP_NO_BUFFER);
@@ -163,22 +187,14 @@ export function ignoreKicks(): void {
 
 /** Carries the frame of one transmit chain. @returns DELIVERED, DROPPED (counted), or NO_BUFFERS (nothing was changed) */
 function carryFrame(head: u32): u32 {
-  if (!(load<u32>(SOURCE_VRING, VRING_FLAGS) & VRING_ENABLED)) return drop(COUNT_DROP_DISABLED);
   const headerBytes = load<u32>(SOURCE_VRING, VRING_HEADER_SIZE);
   const bytesMax: u64 = headerBytes + FRAME_BYTES_MAX;
-  const address = loadDescAddress<Source>(head);
-  const rest = loadDescRest<Source>(head);
-  const from = offsetOfOnly<Source>(address, rest);
-  let bytes: u64 = rest & 0xffff_ffff;
-  if (from == NOWHERE) {
-    if (!walk<Source>(address, rest, SOURCE_PIECES, bytesMax)) return drop(COUNT_DROP_MALFORMED);
-    bytes = chainBytes;
-  }
-  if (bytes < headerBytes + FRAME_BYTES_MIN || bytes > bytesMax) return drop(COUNT_DROP_BAD_FRAME);
-  if (from == NOWHERE ? asksForOffload(SOURCE_PIECES) : isOffloadHeader(hitSegment<Source>(), from)) {
-    return drop(COUNT_DROP_BAD_FRAME);
-  }
-  frameBytes = bytes - headerBytes;
+  const address = loaded >= LOADED_CHAIN ? loadedAddress : loadDescAddress<Source>(head);
+  const rest = loaded >= LOADED_CHAIN ? loadedRest : loadDescRest<Source>(head);
+  if (!walk<Source>(address, rest, SOURCE_PIECES, bytesMax)) return drop(COUNT_DROP_MALFORMED);
+  if (chainBytes < headerBytes + FRAME_BYTES_MIN || chainBytes > bytesMax) return drop(COUNT_DROP_BAD_FRAME);
+  if (loaded == LOADED_OFFLOAD || asksForOffload(SOURCE_PIECES)) return drop(COUNT_DROP_BAD_FRAME);
+  frameBytes = chainBytes - headerBytes;
   if (!receiving) {
     if (load<u32>(DESTINATION_VRING, VRING_FLAGS) & VRING_SINK) return DELIVERED;
     return drop(COUNT_DROP_NO_RECEIVER);
@@ -187,26 +203,14 @@ function carryFrame(head: u32): u32 {
   const next = nextAvail<Destination>();
   const found = peekBuffer(next);
   if (found != BUFFERS_READY) return found == BUFFERS_NONE ? waitFor(next) : breakDestination();
-  const buffer = loadHead<Destination>(next);
+  const buffer = loaded >= LOADED_BUFFER_HEAD ? loadedBufferHead : loadHead<Destination>(next);
   if (buffer >= load<u32>(DESTINATION_VRING, VRING_SIZE)) return breakDestination();
-  const bufferAddress = loadDescAddress<Destination>(buffer);
-  const bufferRest = loadDescRest<Destination>(buffer);
+  const bufferAddress = loaded >= LOADED_BUFFER ? loadedBufferAddress : loadDescAddress<Destination>(buffer);
+  const bufferRest = loaded >= LOADED_BUFFER ? loadedBufferRest : loadDescRest<Destination>(buffer);
   const toHeaderBytes = load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE);
   const needed = toHeaderBytes + <u32>frameBytes;
-  const to = offsetOfOnly<Destination>(bufferAddress, bufferRest);
-  if (from != NOWHERE && to != NOWHERE && <u32>bufferRest >= needed) {
-    setNextAvail<Destination>(next + 1);
-    stopWaiting();
-    storeHeader(hitSegment<Destination>(), to, toHeaderBytes, 1);
-    copy(hitSegment<Destination>(), to + toHeaderBytes, hitSegment<Source>(), from + headerBytes, <u32>frameBytes);
-    giveUsed<Destination>(buffer, needed);
-    return DELIVERED;
-  }
-
   const collected = collectBuffers(needed, next, buffer, bufferAddress, bufferRest);
   if (collected == BUFFERS_READY) {
-    // What was one piece before is one piece now.
-    if (from != NOWHERE) walk<Source>(address, rest, SOURCE_PIECES, bytesMax);
     storeHeaderPieces(DESTINATION_PIECES, toHeaderBytes, mergedCount());
     copyPieces(toHeaderBytes, headerBytes, <u32>frameBytes);
     giveMerged();

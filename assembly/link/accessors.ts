@@ -51,6 +51,7 @@ export function accessorFunctions(segments: number, nameOf: (accessor: string) =
       instruction,
       result,
     ]) => `(func $${nameOf(name)} (param $end i32) (param $segment i32) (param $at i64) (result ${result})
+      ${firstOf(names.map((memory) => `(return (${alignable(instruction, memory)} (local.get $at)))`))}
       ${choose(
         index,
         names.map((memory) => `(return (${alignable(instruction, memory)} (local.get $at)))`),
@@ -62,12 +63,20 @@ export function accessorFunctions(segments: number, nameOf: (accessor: string) =
       instruction,
       value,
     ]) => `(func $${nameOf(name)} (param $end i32) (param $segment i32) (param $at i64) (param $value ${value})
+      ${firstOf(names.map((memory) => `(${alignable(instruction, memory)} (local.get $at) (local.get $value)) (return)`))}
       ${choose(
         index,
         names.map((memory) => `(${alignable(instruction, memory)} (local.get $at) (local.get $value)) (return)`),
       )})`,
   );
   return [...loadFunctions, ...storeFunctions, copyFunction(segments, nameOf("copy"))].join("\n");
+}
+
+/** Most guests lie in their first segment: a test and a jump that is always predicted, before the table. */
+function firstOf(cases: string[]): string {
+  if (cases.length <= 2) return "";
+  const destination = cases.length / 2;
+  return `(if (i32.eqz (local.get $segment)) (then (if (local.get $end) (then ${cases[destination]}) (else ${cases[0]}))))`;
 }
 
 /** Plain accesses are marked unaligned: addresses are the guest's. Atomics are not: their alignment is checked at set-up. */
@@ -88,68 +97,102 @@ function choose(index: string, cases: string[]): string {
   return text;
 }
 
+/** Runs the case that `index` selects, and goes on behind all of them. */
+function select(index: string, cases: string[]): string {
+  if (cases.length <= 2) return choose(index, cases);
+  return `(block $selected (if (i32.eqz ${index}) (then ${cases[0]} (br $selected))) ${choose(
+    index,
+    cases.map((body) => `${body} (br $selected)`),
+  )})`;
+}
+
 /**
- * copy(toSegment, to, fromSegment, from, length). Small copies go 16 bytes at a time with the last 16 overlapping, so that
- * no length needs a byte loop; the choice of memory is made per move, which a branch predictor hides better than a choice
- * among all pairs.
+ * copy(toSegment, to, fromSegment, from, length). 64 to 256 bytes, the most frequent, go in blocks of 64 without a loop, the last
+ * one overlapping: such code is inlined where it is called. Memories are chosen once per block, which a branch predictor hides
+ * better than a choice among all pairs.
  */
 function copyFunction(segments: number, name: string): string {
   const all = segmentNames(segments);
   const sources = all.slice(0, segments);
   const destinations = all.slice(segments);
-  const load = (type: string, at: string) => `(call $guest.${type} (local.get $fromSegment) ${at})`;
-  const store = (type: string, at: string, value: string) =>
-    `(call $guest.set.${type} (local.get $toSegment) ${at} ${value})`;
-  const widths: [type: string, instruction: [string, string], value: string][] = [
-    ["v128", ["v128.load", "v128.store"], "v128"],
-    ["u64", ["i64.load", "i64.store"], "i64"],
-    ["u32", ["i32.load", "i32.store"], "i32"],
-    ["u8", ["i32.load8_u", "i32.store8"], "i32"],
-  ];
-  const moves = widths.flatMap(([type, [load, store], value]) => [
-    `(func $guest.${type} (param $segment i32) (param $at i64) (result ${value})
-      ${choose(
-        "(local.get $segment)",
-        sources.map((memory) => `(return (${alignable(load, memory)} (local.get $at)))`),
-      )} (unreachable))`,
-    `(func $guest.set.${type} (param $segment i32) (param $at i64) (param $value ${value})
-      ${choose(
-        "(local.get $segment)",
-        destinations.map((memory) => `(${alignable(store, memory)} (local.get $at) (local.get $value)) (return)`),
-      )})`,
-  ]);
+
+  /** Moves `bytes` from $from + at to $to + at in pieces of one width; all loads come before all stores. */
+  const move = (type: "v128" | "i64" | "i32", bytes: number, at: string): string => {
+    const width = { v128: 16, i64: 8, i32: 4 }[type];
+    const steps = [...Array(bytes / width).keys()];
+    const value = (step: number) => `$${type}.${step}`;
+    const load = (memory: string) =>
+      steps.map(
+        (i) => `(local.set ${value(i)} (${type}.load $${memory} offset=${i * width} align=1 (local.get $source)))`,
+      );
+    const store = (memory: string) =>
+      steps.map(
+        (i) => `(${type}.store $${memory} offset=${i * width} align=1 (local.get $target) (local.get ${value(i)}))`,
+      );
+    return `
+      (local.set $source (i64.add (local.get $from) ${at}))
+      (local.set $target (i64.add (local.get $to) ${at}))
+      ${select(
+        "(local.get $fromSegment)",
+        sources.map((memory) => load(memory).join("")),
+      )}
+      ${select(
+        "(local.get $toSegment)",
+        destinations.map((memory) => store(memory).join("")),
+      )}`;
+  };
+  const start = "(i64.const 0)";
+  /** Lengths from one to two times `bytes`: two moves, the second ending where the copy ends. */
+  const twoMoves = (type: "v128" | "i64" | "i32", bytes: number) => `
+    (if (i32.ge_u (local.get $length) (i32.const ${bytes})) (then
+      ${move(type, bytes, start)}
+      ${move(type, bytes, `(i64.sub (i64.extend_i32_u (local.get $length)) (i64.const ${bytes}))`)}
+      (return)))`;
+  const byte = (body: string) =>
+    select(
+      "(local.get $toSegment)",
+      destinations.map((to) => `(i32.store8 $${to} (i64.add (local.get $to) (local.get $done)) ${body})`),
+    );
   const bulk = destinations.flatMap((to) =>
-    sources.map((from) => `(memory.copy $${to} $${from} (local.get $to) (local.get $from) (local.get $wide)) (return)`),
+    sources.map(
+      (from) =>
+        `(memory.copy $${to} $${from} (local.get $to) (local.get $from) (i64.extend_i32_u (local.get $length))) (return)`,
+    ),
   );
   const pair =
     segments === 1
       ? "(i32.const 0)"
       : `(i32.add (i32.mul (local.get $toSegment) (i32.const ${segments})) (local.get $fromSegment))`;
-  /** Two moves of one width, the second ending where the copy ends: lengths from one to two widths. */
-  const twoMoves = (type: string, bytes: number) => `
-    (if (i64.ge_u (local.get $wide) (i64.const ${bytes})) (then
-      (local.set $last (i64.sub (local.get $wide) (i64.const ${bytes})))
-      ${store(type, "(local.get $to)", load(type, "(local.get $from)"))}
-      ${store(type, "(i64.add (local.get $to) (local.get $last))", load(type, "(i64.add (local.get $from) (local.get $last))"))}
-      (return)))`;
-  return `${moves.join("\n")}
-  (func $${name} (param $toSegment i32) (param $to i64) (param $fromSegment i32) (param $from i64) (param $length i32)
-    (local $wide i64) (local $done i64) (local $last i64)
-    (local.set $wide (i64.extend_i32_u (local.get $length)))
+  const parameters =
+    "(param $toSegment i32) (param $to i64) (param $fromSegment i32) (param $from i64) (param $length i32)";
+  const locals = `(local $source i64) (local $target i64)
+    (local $v128.0 v128) (local $v128.1 v128) (local $v128.2 v128) (local $v128.3 v128)`;
+  return `
+  (func $guest.copy.other ${parameters} ${locals} (local $i64.0 i64) (local $i32.0 i32) (local $done i64)
     (if (i32.gt_u (local.get $length) (i32.const ${SMALL_COPY_BYTES})) (then ${choose(pair, bulk)}))
-    (if (i64.ge_u (local.get $wide) (i64.const 16)) (then
-      (local.set $last (i64.sub (local.get $wide) (i64.const 16)))
-      (loop $more
-        ${store("v128", "(i64.add (local.get $to) (local.get $done))", load("v128", "(i64.add (local.get $from) (local.get $done))"))}
-        (local.set $done (i64.add (local.get $done) (i64.const 16)))
-        (br_if $more (i64.lt_u (local.get $done) (local.get $last))))
-      ${store("v128", "(i64.add (local.get $to) (local.get $last))", load("v128", "(i64.add (local.get $from) (local.get $last))"))}
-      (return)))
-    ${twoMoves("u64", 8)}
-    ${twoMoves("u32", 4)}
+    ${twoMoves("v128", 32)}
+    ${twoMoves("v128", 16)}
+    ${twoMoves("i64", 8)}
+    ${twoMoves("i32", 4)}
     (loop $bytes
-      (if (i64.lt_u (local.get $done) (local.get $wide)) (then
-        ${store("u8", "(i64.add (local.get $to) (local.get $done))", load("u8", "(i64.add (local.get $from) (local.get $done))"))}
+      (if (i64.lt_u (local.get $done) (i64.extend_i32_u (local.get $length))) (then
+        ${select(
+          "(local.get $fromSegment)",
+          sources.map(
+            (from) => `(local.set $i32.0 (i32.load8_u $${from} (i64.add (local.get $from) (local.get $done))))`,
+          ),
+        )}
+        ${byte("(local.get $i32.0)")}
         (local.set $done (i64.add (local.get $done) (i64.const 1)))
-        (br $bytes)))))`;
+        (br $bytes)))))
+  (func $${name} ${parameters} ${locals}
+    (if (i32.gt_u (i32.sub (local.get $length) (i32.const 64)) (i32.const ${SMALL_COPY_BYTES - 64})) (then
+      (call $guest.copy.other (local.get $toSegment) (local.get $to) (local.get $fromSegment) (local.get $from) (local.get $length))
+      (return)))
+    ${move("v128", 64, start)}
+    (if (i32.eq (local.get $length) (i32.const 64)) (then (return)))
+    (if (i32.gt_u (local.get $length) (i32.const 128)) (then
+      ${move("v128", 64, "(i64.const 64)")}
+      (if (i32.gt_u (local.get $length) (i32.const 192)) (then ${move("v128", 64, "(i64.const 128)")}))))
+    ${move("v128", 64, "(i64.sub (i64.extend_i32_u (local.get $length)) (i64.const 64))")})`;
 }

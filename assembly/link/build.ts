@@ -81,7 +81,7 @@ function link(binaryen: Binaryen, text: string, segments: number): Uint8Array {
   binaryen.setOptimizeLevel(3);
   binaryen.setShrinkLevel(0);
   binaryen.setAlwaysInlineMaxSize(40);
-  binaryen.setFlexibleInlineMaxSize(120);
+  binaryen.setFlexibleInlineMaxSize(800);
   module.optimize();
   if (!module.validate()) throw new Error(`core with ${segments} segments an end does not validate`);
   const binary = module.emitBinary();

@@ -59,6 +59,8 @@ export interface LaneSnapshot extends LaneCounters {
   from: string;
   to: string;
   running: boolean;
+  /** It was stopped by a trap in the core, a bug of ours. */
+  trapped: boolean;
 }
 
 export class Relay implements AsyncDisposable {
@@ -144,6 +146,8 @@ export class Relay implements AsyncDisposable {
     if (!placed) return;
     const { lane, pair, source, destination } = placed;
     if (message.type === "trapped") {
+      placed.trapped = true;
+      placed.running = false;
       this.#onEvent({ type: "trapped", lane: lane.name, reason: message.reason });
     } else {
       const port = message.end === "source" ? source : destination;
@@ -164,8 +168,8 @@ function portState(port: AnyPort): PortState {
   return { port: port.spec, state: port.state, mtu: port.mtu ?? null };
 }
 
-function snapshot(link: Link, { lane, pair, source, destination, running }: PlacedLane): LaneSnapshot {
+function snapshot(link: Link, { lane, pair, source, destination, running, trapped }: PlacedLane): LaneSnapshot {
   const passive = link.ports.find((port) => port !== source);
   const to = destination === source ? `${source.spec} (loopback)` : (destination?.spec ?? passive?.spec ?? "");
-  return { name: lane.name, pair, from: source.spec, to, running, ...lane.counters };
+  return { name: lane.name, pair, from: source.spec, to, running, trapped, ...lane.counters };
 }
