@@ -2,9 +2,10 @@
  * Serves one device on one socket: takes a front-end, runs its session to the end, takes the next one.
  *
  * One front-end at a time; others wait in the socket's queue. Whatever a front-end does ends at most its own
- * connection. Runs on the event loop of the thread that made it.
+ * connection. Runs on the event loop of the thread that made it, and gives it a turn after every message and every
+ * connection: what a peer sends at once would otherwise be handled at once, and everybody else would wait.
  */
-import { setTimeout as sleep } from "node:timers/promises";
+import { setImmediate as nextTurn, setTimeout as sleep } from "node:timers/promises";
 import { SystemError } from "../errors.ts";
 import { Connection } from "./connection.ts";
 import type { Device } from "./device.ts";
@@ -65,7 +66,7 @@ export class Server implements AsyncDisposable {
         const fd = await this.#endpoint.next();
         if (fd === undefined) break;
         const wasUseful = await this.#serve(fd);
-        if (this.#isDialling && !wasUseful) await this.#pause(REDIAL_MS);
+        await (this.#isDialling && !wasUseful ? this.#pause(REDIAL_MS) : nextTurn());
       } catch (error) {
         this.#emit({ type: "failure", error });
         await this.#pause(RETRY_MS);
@@ -90,6 +91,7 @@ export class Server implements AsyncDisposable {
         if (message === undefined) break;
         const answer = await session.handle(message);
         if (answer !== undefined) await connection.send(answer);
+        await nextTurn();
       }
     } catch (error) {
       if (!isPeerGone(error)) ending.error = error;

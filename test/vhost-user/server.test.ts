@@ -21,6 +21,17 @@ const getFeatures = encodeMessage(L.VHOST_USER_GET_FEATURES, 0, NOTHING);
 const errors = (events: ServerEvent[]) =>
   events.flatMap((event) => (event.type === "disconnect" && event.error ? [String(event.error)] : []));
 
+/** How much `count` grows at most in one turn of the event loop, until it is `last`. */
+async function largestTurn(count: () => number, last: number): Promise<number> {
+  let largest = 0;
+  for (let before = count(); before < last;) {
+    await new Promise(setImmediate);
+    largest = Math.max(largest, count() - before);
+    before = count();
+  }
+  return largest;
+}
+
 describe("a socket that was opened before", () => {
   it("that listens: front-ends come one after the other; it stays open until the server ends", async () => {
     await using rig = new Rig();
@@ -221,6 +232,22 @@ describe("connections", () => {
     expect(errors(rig.events)).toEqual([expect.stringMatching(/read our answer/)]);
     close(fd);
     await barrier(rig.connect());
+  });
+
+  it("messages sent at once are handled one in a turn of the event loop: others have their turn in between", async () => {
+    await using rig = new Rig();
+    rig.serve();
+    const frontend = rig.connect();
+    const message = encodeMessage(L.VHOST_USER_SET_FEATURES, 0, encodeU64(0n));
+    await frontend.send(Buffer.concat(Array(1000).fill(message)));
+    expect(await largestTurn(() => rig.device.calls.length, 1000)).toBe(1);
+  });
+
+  it("connections that were closed before they were taken are ended one in a turn of the event loop", async () => {
+    await using rig = new Rig();
+    rig.serve();
+    for (let round = 0; round < 100; round++) rig.connect()[Symbol.dispose]();
+    expect(await largestTurn(() => rig.events.length, 200)).toBe(2);
   });
 
   it("BI-036: random bytes end at most the connection they came on", async () => {
