@@ -83,8 +83,7 @@ export const setVringNum: Handler = async (state, { payload }) => {
   if (num < 1 || num > VRING_SIZE_MAX || (num & (num - 1)) !== 0) {
     throw new ProtocolError(`ring ${index}: size ${num}, expected a power of two from 1 to ${VRING_SIZE_MAX}`);
   }
-  ring.size = num;
-  await state.start(ring);
+  await state.configure(ring, { size: num });
 };
 
 export const setVringAddr: Handler = async (state, { payload }) => {
@@ -93,16 +92,7 @@ export const setVringAddr: Handler = async (state, { payload }) => {
   const { addresses: before, running } = state.vring(address.index);
   const isSame = before?.desc === areas.desc && before.avail === areas.avail && before.used === areas.used;
   if (running && isSame) return;
-  const ring = state.settableVring(address.index);
-  ring.addresses = areas;
-  if (!state.isPlaceable(ring)) {
-    ring.addresses = before;
-    throw new ProtocolError(
-      `ring ${ring.index}: no single memory region holds each of its areas at ${hex(areas.desc)}, ` +
-        `${hex(areas.avail)} and ${hex(areas.used)}`,
-    );
-  }
-  await state.start(ring);
+  await state.configure(state.settableVring(address.index), { addresses: areas });
 };
 
 export const setVringBase: Handler = (state, { payload }) => {

@@ -26,8 +26,9 @@ import {
 } from "../layout/virtio.ts";
 import type { RegionRecord } from "./codec.ts";
 import type { Device, MemoryRegion, Vring } from "./device.ts";
-import { MemoryTable } from "./memory-table.ts";
+import { hex, MemoryTable } from "./memory-table.ts";
 import { VringState } from "./vring.ts";
+import type { Areas } from "./vring.ts";
 
 export const PROTOCOL_FEATURES_BIT = bit(VHOST_USER_F_PROTOCOL_FEATURES);
 
@@ -87,21 +88,15 @@ export class SessionState {
     return (this.protocolFeatures & bit(protocolFeature)) !== 0n;
   }
 
-  /** Whether the ring's areas could be used now; true while that cannot be said for want of a size or a table. */
-  isPlaceable(ring: VringState): boolean {
-    return ring.size === 0 || this.#table.size === 0 || this.#translate(ring, this.#table) !== undefined;
-  }
-
   /** Features may change only while no ring runs; without bit 30 all rings are enabled from now on. */
   async setFeatures(features: bigint): Promise<void> {
     if (this.vrings.some((ring) => ring.running !== undefined)) {
       if (features !== this.features) throw new ProtocolError("features cannot change while a ring is started");
-    } else {
-      await this.device.setFeatures(features & ~PROTOCOL_FEATURES_BIT);
+      return;
     }
+    await this.device.setFeatures(features & ~PROTOCOL_FEATURES_BIT);
     this.features = features;
-    if ((features & PROTOCOL_FEATURES_BIT) !== 0n) return;
-    for (const ring of this.vrings) await this.enable(ring, true);
+    if ((features & PROTOCOL_FEATURES_BIT) === 0n) for (const ring of this.vrings) ring.enabled = true;
   }
 
   /** Replaces the memory table. */
@@ -121,13 +116,17 @@ export class SessionState {
     await this.#changeTable(this.#table.without(region), () => this.device.removeMemory(region.gpa));
   }
 
-  /** Starts a kicked ring as soon as it is complete; does nothing before, or when it runs. */
-  async start(ring: VringState): Promise<void> {
-    if (!ring.kicked || ring.running !== undefined) return;
-    const areas = this.#translate(ring, this.#table);
-    if (areas === undefined) return;
-    await this.device.startVring(ring.at(areas));
-    ring.running = areas;
+  /** Gives a ring its size or its addresses; a kicked ring starts if it is complete now. */
+  async configure(ring: VringState, values: { size: number } | { addresses: Areas }): Promise<void> {
+    const { size, addresses } = ring;
+    Object.assign(ring, values);
+    try {
+      if ("addresses" in values) this.#checkPlaceable(ring, values.addresses);
+      await this.#start(ring);
+    } catch (error) {
+      Object.assign(ring, { size, addresses });
+      throw error;
+    }
   }
 
   /** Ends the ring. Returns its next avail index. */
@@ -155,7 +154,7 @@ export class SessionState {
     ring[which] = fd;
     ring.kicked ||= which === "kick";
     try {
-      await (ring.running === undefined ? this.start(ring) : this.#update(ring));
+      await (ring.running === undefined ? this.#start(ring) : this.#update(ring));
     } catch (error) {
       ring[which] = before;
       ring.kicked = kicked;
@@ -198,6 +197,15 @@ export class SessionState {
     }
   }
 
+  /** Starts a kicked ring as soon as it is complete; does nothing before, or when it runs. */
+  async #start(ring: VringState): Promise<void> {
+    if (!ring.kicked || ring.running !== undefined) return;
+    const areas = this.#translate(ring, this.#table);
+    if (areas === undefined) return;
+    await this.device.startVring(ring.at(areas));
+    ring.running = areas;
+  }
+
   async #update(ring: VringState): Promise<void> {
     if (ring.running !== undefined) await this.device.updateVring(ring.at(ring.running));
   }
@@ -229,11 +237,19 @@ export class SessionState {
   /** Nothing is left to go back to when a ring cannot be started again, so the connection is dropped. */
   async #startAll(): Promise<void> {
     try {
-      for (const ring of this.vrings) await this.start(ring);
+      for (const ring of this.vrings) await this.#start(ring);
     } catch (error) {
       if (!(error instanceof RelayError)) throw error;
       throw new ProtocolError(`a ring did not start under a new memory table: ${error.message}`, "drop");
     }
+  }
+
+  /** Nothing can be said for want of a size or a table. @throws ProtocolError when the areas could not be used now */
+  #checkPlaceable(ring: VringState, { desc, avail, used }: Areas): void {
+    if (ring.size === 0 || this.#table.size === 0 || this.#translate(ring, this.#table) !== undefined) return;
+    throw new ProtocolError(
+      `ring ${ring.index}: no single memory region holds each of its areas at ${hex(desc)}, ${hex(avail)} and ${hex(used)}`,
+    );
   }
 
   #translate(ring: VringState, table: MemoryTable) {

@@ -1,7 +1,7 @@
 import { readlinkSync } from "node:fs";
 import { describe, expect, it, vi } from "vitest";
 import { drain, signal } from "../../native/eventfd.ts";
-import { GuestError } from "../../src/errors.ts";
+import { ProtocolError } from "../../src/errors.ts";
 import * as L from "../../src/layout/vhost-user.ts";
 import { decodeVringState, encodeU64, encodeVringAddress, encodeVringState } from "../../src/vhost-user/codec.ts";
 import {
@@ -170,7 +170,7 @@ describe("PROTOCOL, 5: start and stop", () => {
     const { rig, frontend } = await ready();
     await using _ = rig;
     rig.device.before = () => {
-      throw new GuestError("the ring makes no sense");
+      throw new ProtocolError("the ring makes no sense");
     };
     await expect(frontend.setVringKick(0, rig.eventfd())).rejects.toThrow(/refused/);
     rig.device.before = () => {};
@@ -230,11 +230,47 @@ describe("PROTOCOL, 5: enable", () => {
     expect(rig.device.lastVring.enabled).toBe(true);
   });
 
+  it.each([
+    ["SET_VRING_NUM", "SET_VRING_ADDR"],
+    ["SET_VRING_ADDR", "SET_VRING_NUM"],
+  ])("PROTOCOL, 5: a %s that the device refuses to start with leaves the ring without it", async (last, first) => {
+    const { rig, frontend } = await negotiated();
+    await using _ = rig;
+    const steps: Record<string, () => Promise<void>> = {
+      SET_VRING_NUM: () => frontend.setVringNum(0, RING_SIZE),
+      SET_VRING_ADDR: () => frontend.setVringAddr(0, AREAS),
+    };
+    await frontend.setMemTable([rig.region()]);
+    await frontend.setVringKick(0, rig.eventfd());
+    await steps[first]?.();
+    rig.device.before = () => {
+      throw new ProtocolError("no");
+    };
+    await expect(steps[last]?.()).rejects.toThrow(/refused/);
+    rig.device.before = () => {};
+    rig.device.takeNames();
+    await frontend.setVringCall(0, rig.eventfd());
+    expect(rig.device.takeNames()).toEqual([]);
+    await steps[last]?.();
+    expect(rig.device.takeNames()).toEqual(["startVring"]);
+  });
+
+  it("the features that hold already change nothing: no ring is enabled by them a second time", async () => {
+    const { rig, frontend } = await ready();
+    await using _ = rig;
+    await frontend.setFeatures(VERSION_1);
+    await frontend.setVringKick(0, rig.eventfd());
+    await barrier(frontend);
+    rig.device.takeNames();
+    await frontend.setFeatures(VERSION_1);
+    expect(rig.device.takeNames()).toEqual([]);
+  });
+
   it("an ENABLE the device refuses is nacked and the bit stays", async () => {
     const { rig, frontend } = await started();
     await using _ = rig;
     rig.device.before = () => {
-      throw new GuestError("no");
+      throw new ProtocolError("no");
     };
     await expect(frontend.setVringEnable(0, true)).rejects.toThrow(/refused/);
     rig.device.before = () => {};
@@ -297,7 +333,7 @@ describe("PROTOCOL, 5: while a ring is started", () => {
     const call = rig.eventfd();
     await frontend.setVringCall(0, call);
     rig.device.before = () => {
-      throw new GuestError("no");
+      throw new ProtocolError("no");
     };
     await expect(frontend.setVringCall(0, rig.eventfd())).rejects.toThrow(/refused/);
     rig.device.before = () => {};
@@ -387,7 +423,7 @@ describe("PROTOCOL, 4.1: numbers", () => {
     const { rig, frontend } = await started();
     await using _ = rig;
     rig.device.before = ({ name }) => {
-      if (name === "stopVring") throw new GuestError("no");
+      if (name === "stopVring") throw new ProtocolError("no");
     };
     await expect(frontend.getVringBase(0)).rejects.toThrow(/closed the connection/);
     await expectDropped(frontend);
