@@ -7,7 +7,7 @@
  * Run by `npm run core`; does nothing if its output is newer than all it is made from. asc cannot express more than one
  * memory, hence the step through text.
  */
-import { globSync, mkdirSync, readFileSync, renameSync, statSync, writeFileSync } from "node:fs";
+import { globSync, mkdirSync, renameSync, statSync, writeFileSync } from "node:fs";
 import { accessorFunctions, memoryImports } from "./accessors.ts";
 
 /** Segments per end of the variants we build. */
@@ -22,9 +22,13 @@ async function build(): Promise<void> {
   // Only now: loading the compilers takes longer than finding out that there is nothing to do.
   const { default: asc } = await import("assemblyscript/asc");
   const { default: binaryen } = await import("binaryen");
-  const { error, stderr } = await asc.main(["--config", "asconfig.json", "--target", "release"]);
+  let compiled = new Uint8Array();
+  const { error, stderr } = await asc.main(["--config", "asconfig.json", "--target", "release"], {
+    writeFile: (_name, contents) => {
+      compiled = Buffer.from(contents);
+    },
+  });
   if (error) throw new Error(`asc: ${error.message}\n${stderr.toString()}`);
-  const compiled = readFileSync(`${directory}/unlinked.wasm`);
   const unlinked = binaryen.readBinaryWithFeatures(compiled, featuresOf(binaryen));
   const text = unlinked.emitText();
   unlinked.dispose();

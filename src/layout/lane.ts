@@ -7,9 +7,8 @@
  *   0x130000  destination pieces: the receive chains it goes to
  *   0x240000  merged chains: which receive chains those are, and how much goes into each
  *
- * Guest bytes are never in here but the one header that is being checked. The control plane writes state and extents only
- * while the poller has parked the lane; counters may be read at any time. Plain constants only: asc, tsc, Node and
- * vitest import this same file.
+ * No guest byte is ever in here. The control plane writes state and extents only while the poller has parked the lane;
+ * counters may be read at any time. Plain constants only: asc, tsc, Node and vitest import this same file.
  */
 
 export const LANE_PAGES = 40; // of 64 KiB

@@ -1,6 +1,6 @@
 /** Facts about the Wasm that is built: what the sandbox and the memory model rest on, and what makes it fast. */
 import { spawnSync } from "node:child_process";
-import { cpSync, mkdtempSync, readFileSync, rmSync, symlinkSync } from "node:fs";
+import { cpSync, globSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import binaryen from "binaryen";
@@ -93,6 +93,13 @@ test("the hooked core imports the accessors, and memory 0 is all the memory it h
   expect(imports.filter(({ kind }) => kind !== "memory").every(({ module }) => module === "guest")).toBe(true);
 });
 
+test("the package has the linked cores, and not the hooked one", () => {
+  const root = join(import.meta.dirname, "..", "..");
+  const { files } = JSON.parse(readFileSync(join(root, "package.json"), "utf8")) as { files: string[] };
+  const cores = globSync(files, { cwd: root }).filter((name) => name.endsWith(".wasm"));
+  expect(cores.toSorted()).toEqual(VARIANTS.map((n) => `build/core/core-${n}.wasm`));
+});
+
 test("building again, elsewhere, gives the same bytes", { timeout: 120_000 }, () => {
   const root = join(import.meta.dirname, "..", "..");
   const places = [0, 1].map(() => mkdtempSync(join(tmpdir(), "core-build-")));
@@ -107,8 +114,10 @@ test("building again, elsewhere, gives the same bytes", { timeout: 120_000 }, ()
         encoding: "utf8",
       });
       expect({ status, stderr }).toEqual({ status: 0, stderr: "" });
-      const names = [...VARIANTS.map((n) => `core-${n}`), "core-hooked"];
-      return names.map((name) => readFileSync(join(directory, "build", "core", `${name}.wasm`)).toString("base64"));
+      const names = [...VARIANTS.map((n) => `core-${n}.wasm`), "core-hooked.wasm"];
+      const output = join(directory, "build", "core");
+      expect(readdirSync(output).toSorted()).toEqual(names);
+      return names.map((name) => readFileSync(join(output, name)).toString("base64"));
     });
     expect(built[0]).toEqual(built[1]);
   } finally {
