@@ -3,14 +3,14 @@
  *
  *   GET /v1/state   RelayState (src/datapath/relay.ts)
  *
- * Sockets live in one directory, named by process id, so that `vhost-relay show` finds every relay of this user.
+ * Sockets live in one directory (directory.ts), so that `vhost-relay show` finds every relay of this user.
  */
-import { mkdirSync, readdirSync, rmSync } from "node:fs";
+import { rmSync } from "node:fs";
 import { createServer, request, type Server } from "node:http";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { SystemError } from "../errors.ts";
 import type { Relay, RelayState } from "../datapath/relay.ts";
+import { controlDirectory, openDirectory, socketsIn } from "./directory.ts";
 
 /** A relay that answered, and what it said. */
 export interface FoundRelay {
@@ -20,22 +20,18 @@ export interface FoundRelay {
 
 const ANSWER_TIMEOUT_MS = 2000;
 
-/** Where this user's relays put their control sockets. */
-export function controlDirectory(): string {
-  if (process.getuid?.() === 0) return "/run/vhost-relay";
-  const runtime = process.env["XDG_RUNTIME_DIR"];
-  return runtime ? join(runtime, "vhost-relay") : join(tmpdir(), `vhost-relay-${process.getuid?.() ?? 0}`);
-}
-
 /** The default control socket of this process. */
 export function ownControlSocket(): string {
   return join(controlDirectory(), `${process.pid}.sock`);
 }
 
-/** Serves the API until disposed of; then the socket is gone. @throws SystemError if the socket cannot be made */
+/**
+ * Serves the API until disposed of; then the socket is gone.
+ * @throws ConfigError if the directory is not to be trusted, SystemError if the socket cannot be made
+ */
 export async function serveControl(relay: Relay, path: string): Promise<AsyncDisposable> {
   if (path === ownControlSocket()) {
-    mkdirSync(controlDirectory(), { recursive: true, mode: 0o700 });
+    await openDirectory(controlDirectory());
     rmSync(path, { force: true }); // left by an earlier process that had our id
   }
   const server = createServer((message, response) => {
@@ -90,15 +86,9 @@ export function readState(socket: string): Promise<RelayState> {
   });
 }
 
-/** Every relay of this user that answers. */
+/** Every relay of this user that answers; only reads. @throws ConfigError if the directory is not to be trusted */
 export async function findRelays(): Promise<FoundRelay[]> {
-  let names: string[];
-  try {
-    names = readdirSync(controlDirectory()).filter((name) => name.endsWith(".sock"));
-  } catch {
-    return [];
-  }
-  const sockets = names.map((name) => join(controlDirectory(), name));
+  const sockets = socketsIn(controlDirectory());
   const answers = await Promise.allSettled(sockets.map(async (socket) => ({ socket, state: await readState(socket) })));
   return answers.filter((answer) => answer.status === "fulfilled").map((answer) => answer.value);
 }
