@@ -23,7 +23,10 @@ export interface RelayOptions {
   cpus?: readonly number[];
   /** How long a frame waits for the receiver to supply buffers before it is dropped, in milliseconds; default 1000. */
   stallMs?: number;
-  /** Told what happens: front-ends come and go, messages are refused, a guest's driver breaks a virtqueue. */
+  /**
+   * Told what happens: front-ends come and go, messages are refused, a guest's driver breaks a virtqueue. What it throws
+   * is an uncaught exception of the process; the relay goes on as far as the process does.
+   */
   onEvent?: (event: RelayEvent) => void;
 }
 
@@ -70,7 +73,7 @@ export class Relay implements AsyncDisposable {
   #closed: Promise<void> | undefined;
 
   private constructor(options: RelayOptions) {
-    this.#onEvent = options.onEvent ?? (() => undefined);
+    this.#onEvent = (event) => callOutside(options.onEvent, event);
     const ends = options.links.map((pair) =>
       pair.map((port) => parsePort(typeof port === "string" ? port : `vhost-user:fd=${port.fd}`)),
     );
@@ -154,6 +157,17 @@ export class Relay implements AsyncDisposable {
       const virtqueue = 2 * pair + (message.end === "source" ? 1 : 0);
       this.#onEvent({ type: "broken", lane: lane.name, port: port?.spec ?? "", virtqueue });
     }
+  }
+}
+
+/** Calls a function of the library's user: what it throws surfaces by itself, not in the code that had news. */
+function callOutside(onEvent: RelayOptions["onEvent"], event: RelayEvent): void {
+  try {
+    onEvent?.(event);
+  } catch (error) {
+    process.nextTick(() => {
+      throw error;
+    });
   }
 }
 

@@ -179,6 +179,26 @@ describe("run", () => {
     expect(status).toBe(1);
   });
 
+  it("serves on when the program's onEvent throws: that is an uncaught exception of the program", async () => {
+    const program = `
+      import { Relay } from "./src/index.ts";
+      process.on("uncaughtException", (error) => console.log(error.message));
+      await Relay.start({
+        links: [["vhost-user:${socket("a")}", "null"]],
+        onEvent: ({ type }) => { throw new Error("told of a " + type); },
+      });`;
+    const args = ["--input-type=module-typescript", "-e", program];
+    const { child, output } = watch(spawn(process.execPath, args, { stdio: ["ignore", "pipe", "pipe"] }));
+    await present("a").toEqual([true]);
+    for (let life = 0; life < 2; life++) {
+      using frontend = Frontend.connect(socket("a"));
+      expect(await frontend.getFeatures()).toBeTypeOf("bigint");
+    }
+    const lines = ["told of a connect", "told of a disconnect"];
+    await expect.poll(() => output.stdout, { timeout: 20_000 }).toBe(`${[...lines, ...lines].join("\n")}\n`);
+    child.kill();
+  });
+
   it("show says so when no relay answers", async () => {
     const { output, exit } = cli("show", "--control", socket("nobody"));
     expect(await exit).toMatchObject({ status: 1 });
