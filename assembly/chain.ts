@@ -13,6 +13,7 @@ import {
 } from "../src/layout/virtio.ts";
 import {
   PIECES_MAX,
+  EXTENTS_MAX,
   PIECE_BYTES,
   PIECE_LENGTH,
   PIECE_OFFSET,
@@ -32,11 +33,14 @@ export let chainBytes: u64 = 0;
 export let piecesEnd: usize = 0;
 
 /**
- * Descriptors walked so far, mod 2^32. A poll begins no frame when it has walked WALK_MAX, and that many are enough for
+ * Descriptors walked so far, and borders of extents crossed, mod 2^32. A poll begins no frame when it has walked WALK_MAX, and that many are enough for
  * the receive chains of one frame: a driver whose chains are long and hold nothing must not hold up other lanes.
  */
 export let walked: u32 = 0;
 export const WALK_MAX: u32 = PIECES_MAX;
+
+/** Steps that the chain being walked may still take. */
+let stepsLeft: u32 = 0;
 
 /** The first word of a descriptor in the ring, its address. @param index below the ring size */
 export function loadDescAddress<E>(index: u32): u64 {
@@ -64,6 +68,8 @@ export function walk<E>(address: u64, rest: u64, pieces: usize, wanted: u64): bo
   const direction = end<E>() ? VRING_DESC_F_WRITE : 0;
   let tableSegment = load<u32>(vring, VRING_DESC_SEGMENT);
   let table = load<u64>(vring, VRING_DESC);
+  // Buffers that do not overlap cross each extent's border once.
+  stepsLeft = size + EXTENTS_MAX;
   let entries = size;
   let indirect = false;
   let scattered = false; // an indirect table in several extents: `table` is then a gpa
@@ -111,7 +117,7 @@ export function walk<E>(address: u64, rest: u64, pieces: usize, wanted: u64): bo
 /** Adds one buffer to the chain: a piece for each extent it touches. */
 function append<E>(gpa: u64, length: u32, wanted: u64): bool {
   let left: u64 = length;
-  do {
+  while (true) {
     const part = min(translate<E>(gpa), left);
     if (part == 0) return false;
     if (chainBytes < wanted) {
@@ -123,8 +129,10 @@ function append<E>(gpa: u64, length: u32, wanted: u64): bool {
     chainBytes += part;
     gpa += part;
     left -= part;
-  } while (left != 0);
-  return true;
+    if (left == 0) return true;
+    ++walked;
+    if (--stepsLeft == 0) return false;
+  }
 }
 
 let gathered: u64 = 0;

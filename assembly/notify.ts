@@ -20,7 +20,6 @@ import {
   VRING_AVAIL_SEGMENT,
   VRING_EVENT_IDX,
   VRING_FLAGS,
-  VRING_NEVER_SIGNALLED,
   VRING_NEXT_USED,
   VRING_SIGNALLED,
   VRING_SIZE,
@@ -52,7 +51,7 @@ export function isCallDue<E>(): bool {
     segment,
     avail + AVAIL_RING + <u64>load<u32>(vring, VRING_SIZE) * AVAIL_ENTRY_SIZE,
   );
-  return before == VRING_NEVER_SIGNALLED || ((used - usedEvent - 1) & 0xffff) < ((used - before) & 0xffff);
+  return ((used - usedEvent - 1) & 0xffff) < ((used - before) & 0xffff);
 }
 
 /** Asks the driver for a kick when it makes the chain at an avail index available, the first it had not yet made so. */

@@ -14,6 +14,7 @@ import {
   VRING_NEXT_AVAIL,
   VRING_NEXT_USED,
   VRING_READY,
+  VRING_SIGNALLED,
   VRING_SIZE,
   VRING_USED,
   VRING_USED_SEGMENT,
@@ -28,11 +29,10 @@ export function isRunning<E>(): bool {
   const flags = load<u32>(vring, VRING_FLAGS);
   if ((flags & (VRING_READY | VRING_BROKEN)) != VRING_READY) return false;
   if (flags & VRING_FRESH) {
-    store<u32>(
-      vring,
-      atomicLoad16(end<E>(), load<u32>(vring, VRING_USED_SEGMENT), load<u64>(vring, VRING_USED) + USED_IDX),
-      VRING_NEXT_USED,
-    );
+    const segment = load<u32>(vring, VRING_USED_SEGMENT);
+    const used = atomicLoad16(end<E>(), segment, load<u64>(vring, VRING_USED) + USED_IDX);
+    store<u32>(vring, used, VRING_NEXT_USED);
+    store<u32>(vring, used, VRING_SIGNALLED);
     store<u32>(vring, flags & ~VRING_FRESH, VRING_FLAGS);
     suppressKicks<E>();
   }

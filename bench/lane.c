@@ -127,8 +127,7 @@ INLINE bool is_call_due(struct end *end) {
   end->signalled = end->next_used;
   if (!(end->flags & VRING_EVENT_IDX)) return !(LOAD16(end->avail + AVAIL_FLAGS) & VRING_AVAIL_F_NO_INTERRUPT);
   uint32_t event = LOAD16(end->avail + AVAIL_RING + end->size * AVAIL_ENTRY_SIZE);
-  return before == VRING_NEVER_SIGNALLED ||
-         ((end->next_used - event - 1) & 0xffff) < ((end->next_used - before) & 0xffff);
+  return ((end->next_used - event - 1) & 0xffff) < ((end->next_used - before) & 0xffff);
 }
 
 INLINE uint32_t decide_call(struct lane *lane, struct end *end, unsigned counter, uint32_t due) {

@@ -26,7 +26,7 @@ export const BUFFERS_NONE: u32 = 1;
 /** Those that there are, or ever can be, do not hold the frame. */
 export const BUFFERS_TOO_SMALL: u32 = 2;
 /** The avail ring makes no sense. */
-export const BUFFERS_BROKEN: u32 = 3;
+const BUFFERS_BROKEN: u32 = 3;
 
 export const NOT_WAITING: u32 = 0x1_0000;
 /** The avail index up to which there were too few buffers: there is no point in looking before it moves. */

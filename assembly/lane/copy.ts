@@ -99,7 +99,7 @@ let frameBytes: u64 = 0;
 
 /**
  * Carries up to `budget` frames.
- * @param dropWhenStuck the wait for buffers was too long: drop frames instead
+ * @param dropWhenStuck the wait for buffers was too long: drop frames until there are some
  * @returns POLL_*: transmit chains taken, and what is due
  */
 export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
@@ -141,8 +141,9 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
       break;
     }
     let outcome = enabled ? carryFrame(head) : drop(COUNT_DROP_DISABLED);
+    if (outcome == DROPPED) stopWaiting(); // whatever it waited for
     if (outcome == NO_BUFFERS) {
-      if (!dropWhenStuck) break;
+      if (!dropWhenStuck || delivered) break;
       count(COUNT_DROP_NO_BUFFER);
       outcome = DROPPED;
     }
@@ -160,7 +161,8 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
     count(COUNT_BYTES, bytes);
     count(COUNT_BATCHES);
   }
-  if (waitingAt != NOT_WAITING) result |= POLL_WAITING;
+  // Where buffers came back the wait begins anew: this poll does not count towards it.
+  if (waitingAt != NOT_WAITING && !(dropWhenStuck && delivered)) result |= POLL_WAITING;
   return result | taken | finishDestination() | decideCall<Source>(COUNT_CALLS_SOURCE, POLL_CALL_SOURCE);
 }
 

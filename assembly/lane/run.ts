@@ -45,7 +45,7 @@ import { availLimit, stopWaiting } from "./buffers";
 const LINKS: u32 = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT;
 
 // What the run has loaded of the frame it ended before; each includes those above it
-export const LOADED_NOTHING: u32 = 0;
+const LOADED_NOTHING: u32 = 0;
 export const LOADED_HEAD: u32 = 1;
 export const LOADED_CHAIN: u32 = 2; // the first descriptor
 export const LOADED_BUFFER_HEAD: u32 = 3;

@@ -39,10 +39,8 @@ import {
   VRING_FLAGS,
   VRING_FRESH,
   VRING_HEADER_SIZE,
-  VRING_NEVER_SIGNALLED,
   VRING_NEXT_AVAIL,
   VRING_READY,
-  VRING_SIGNALLED,
   VRING_SINK,
   VRING_SIZE,
   VRING_USED,
@@ -107,7 +105,6 @@ export class Lane {
     if (restarted) {
       this.#starts[end] = vring.start;
       view.setUint32(at + VRING_NEXT_AVAIL, vring.base, true);
-      view.setUint32(at + VRING_SIGNALLED, VRING_NEVER_SIGNALLED, true);
     }
     view.setUint32(at + VRING_SIZE, vring.size, true);
     view.setUint32(at + VRING_HEADER_SIZE, vring.headerBytes, true);

@@ -7,7 +7,7 @@
  */
 import { receiveMessageOnPort } from "node:worker_threads";
 import { Epoll } from "../../native/epoll.ts";
-import { signal } from "../../native/eventfd.ts";
+import { signalPeer } from "../../native/eventfd.ts";
 import { nameThread, pinThread } from "../../native/sched.ts";
 import {
   COUNTERS,
@@ -113,22 +113,23 @@ class PollerThread {
   }
 
   #act(lane: RunningLane, result: number): void {
-    if (result & POLL_CALL_SOURCE && lane.source.call !== undefined) signal(lane.source.call);
-    if (result & POLL_CALL_DESTINATION && lane.destination.call !== undefined) signal(lane.destination.call);
+    if (result & POLL_CALL_SOURCE && lane.source.call !== undefined) signalPeer(lane.source.call);
+    if (result & POLL_CALL_DESTINATION && lane.destination.call !== undefined) signalPeer(lane.destination.call);
     if (result & POLL_BROKE_SOURCE) this.#reportBroken(lane, "source");
     if (result & POLL_BROKE_DESTINATION) this.#reportBroken(lane, "destination");
     if (!(result & POLL_WAITING)) {
       lane.waitingSince = lane.stuck = 0;
     } else if (!lane.stuck) {
       const now = performance.now();
-      lane.waitingSince ||= now;
+      // A lane that gets on waits for something new each time.
+      if (lane.waitingSince === 0 || result & POLL_COUNT) lane.waitingSince = now;
       if (now - lane.waitingSince >= this.#task.stallMs) lane.stuck = 1;
     }
   }
 
   #reportBroken(lane: RunningLane, end: "source" | "destination"): void {
     const { err } = lane[end];
-    if (err !== undefined) signal(err);
+    if (err !== undefined) signalPeer(err);
     this.#post({ type: "broken", lane: lane.id, end });
   }
 
@@ -205,6 +206,8 @@ class PollerThread {
       this.#epoll.add(fd);
       this.#kickOwners.set(fd, lane);
     }
+    // A call that was due when the ring changed hands may never have been made; one too many does no harm.
+    for (const { call } of [source, destination]) if (call !== undefined) signalPeer(call);
   }
 
   #park(id: number): void {

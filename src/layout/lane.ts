@@ -30,7 +30,6 @@ export const VRING_USED = 40; // u64
 export const VRING_NEXT_AVAIL = 48; // u32, next avail index to take, mod 2^16
 export const VRING_NEXT_USED = 52; // u32, next used index to publish, mod 2^16
 export const VRING_SIGNALLED = 56; // u32, used index at the last call decision
-export const VRING_BYTES = 64;
 
 // VRING_FLAGS
 export const VRING_READY = 1; // started, areas mapped
@@ -41,8 +40,6 @@ export const VRING_MERGEABLE = 16;
 export const VRING_BROKEN = 32; // the core stopped it: the driver broke the format
 export const VRING_FRESH = 64; // just started: the used index is still to be taken from guest memory
 export const VRING_SINK = 128; // no virtqueue at all: swallows every frame (null port)
-
-export const VRING_NEVER_SIGNALLED = 0x1_0000; // VRING_SIGNALLED before the first call decision
 
 // The extent found last, one per end: an EXTENT_* record
 export const SOURCE_HIT = 0x0c0;
@@ -66,7 +63,6 @@ export const COUNT_DROP_TOO_SMALL = 88; // the receive buffers cannot hold the f
 export const COUNT_DROP_MALFORMED = 96; // descriptor chain breaks a rule
 export const COUNT_DROP_BAD_FRAME = 104; // shorter than an Ethernet header, too long, or an offload nobody negotiated
 export const COUNT_DROP_DISABLED = 112; // sent on a started but disabled transmitq
-export const COUNTERS_BYTES = 128;
 
 // Extents: u32 count, then 32-byte entries sorted by gpa
 export const SOURCE_EXTENTS = 0x1000;

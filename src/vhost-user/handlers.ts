@@ -31,7 +31,7 @@ import type { VringState } from "./vring.ts";
 export type Handler = (state: SessionState, message: Message) => Promise<Buffer | void> | Buffer | void;
 
 /** What we write call and err signals to; user-mode Linux passes one end of a socket pair. */
-const SIGNAL_KINDS: FdKind[] = ["eventfd", "pipe", "socket"];
+const SIGNAL_KINDS: FdKind[] = ["eventfd", "socket"];
 
 const STATUS_MAX = 0xffn;
 
@@ -186,6 +186,7 @@ async function setVringFd(
     if (!kinds.includes(fdKind(fd)) || !isWritable(fd)) {
       throw new ProtocolError(`ring ${ring.index}: the ${which} fd is no writable ${kinds.join(" or ")}`);
     }
+    // A second line of defence only: the peer can undo it (signalPeer in native/eventfd.ts does not depend on it).
     if (which !== "kick") setNonBlocking(fd);
   }
   await state.setFd(ring, which, fd);

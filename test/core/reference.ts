@@ -103,9 +103,13 @@ export class ReferenceLane {
         break;
       }
       const fate = this.#carry(from, to, head, result);
-      if (fate === "wait" && !stuck) break;
+      // Buffers came back: what waits from now on waits anew.
+      if (fate === "wait" && (!stuck || this.frames.length > framesBefore)) break;
       if (fate === "wait") this.counters.drops.noBuffer++;
-      else if (fate !== "delivered") this.counters.drops[fate]++;
+      else if (fate !== "delivered") {
+        this.counters.drops[fate]++;
+        this.#waitingAt = undefined;
+      }
       giveUsed(from, source, head, 0);
       source.nextAvail = (source.nextAvail + 1) & 0xffff;
       result.taken++;
@@ -121,7 +125,7 @@ export class ReferenceLane {
       result.callDestination = this.#decideCall(to, "destination");
     }
     result.callSource = this.#decideCall(from, "source");
-    result.waiting = this.#waitingAt !== undefined;
+    result.waiting = this.#waitingAt !== undefined && !(stuck && delivered.length > 0);
     return result;
   }
 
@@ -223,7 +227,7 @@ export class ReferenceLane {
     return "broken";
   }
 
-  /** After the used index is visible: whether the driver wants to hear of it. The first decision since a start is yes. */
+  /** After the used index is visible: whether the driver wants to hear of it. */
   #decideCall(ram: ReferenceRam, end: "source" | "destination"): boolean {
     const { ring, decided, nextUsed } = this[end];
     if (decided === nextUsed) return false;
@@ -232,7 +236,7 @@ export class ReferenceLane {
     if (ring.eventIdx) {
       const usedEvent = ram.u16(ring.avail + 4n + 2n * BigInt(ring.size));
       // 2.7.7.2: call if the entry that used_event names is one of the new ones
-      due = decided === undefined || distance(decided, usedEvent) < distance(decided, nextUsed!);
+      due = distance(decided!, usedEvent) < distance(decided!, nextUsed!);
     } else due = (ram.u16(ring.avail) & 1) === 0;
     if (due) this.counters.calls[end]++;
     else this.counters.calls.suppressed++;
@@ -252,7 +256,7 @@ function isReceiving({ broken, ring }: Queue): boolean {
 /** The first look at a started ring. */
 function begin(ram: ReferenceRam, queue: Queue): void {
   if (queue.nextUsed !== undefined) return;
-  queue.nextUsed = ram.u16(queue.ring.used + 2n);
+  queue.nextUsed = queue.decided = ram.u16(queue.ring.used + 2n);
   suppressKicks(ram, queue);
 }
 
