@@ -8,13 +8,17 @@
  * memory, hence the step through text.
  */
 import { globSync, mkdirSync, renameSync, statSync, writeFileSync } from "node:fs";
+import { VARIANTS } from "../../src/datapath/variants.ts";
 import { accessorFunctions, memoryImports } from "./accessors.ts";
 
-/** Segments per end of the variants we build. */
-const VARIANTS = [1, 2, 5];
-
 const directory = "build/core";
-const SOURCES = ["assembly/**/*.ts", "src/layout/*.ts", "asconfig.json", "package-lock.json"];
+const SOURCES = [
+  "assembly/**/*.ts",
+  "src/layout/*.ts",
+  "src/datapath/variants.ts",
+  "asconfig.json",
+  "package-lock.json",
+];
 
 if (!isFresh()) await build();
 

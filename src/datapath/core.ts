@@ -4,9 +4,7 @@ import { findPackageJSON } from "node:module";
 import { dirname, join } from "node:path";
 import { ConfigError } from "../errors.ts";
 import { LANE_PAGES } from "../layout/lane.ts";
-
-/** Segments an end has in the variants that `npm run core` builds (assembly/link/build.ts). */
-const VARIANTS = [1, 2, 5];
+import { VARIANTS } from "./variants.ts";
 
 /** What the core exports; see assembly/index.ts. */
 export interface Core {

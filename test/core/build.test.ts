@@ -5,9 +5,9 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import binaryen from "binaryen";
 import { beforeAll, describe, expect, test } from "vitest";
+import { VARIANTS } from "../../src/datapath/variants.ts";
 import { SEGMENT_PAGES } from "../../src/layout/lane.ts";
 
-const VARIANTS = [1, 2, 5];
 const file = (name: string): string => join(import.meta.dirname, "..", "..", "build", "core", `${name}.wasm`);
 
 /** WebAssembly text, a function each; memories are called by the names they are imported under. */
@@ -105,7 +105,14 @@ test("building again, elsewhere, gives the same bytes", { timeout: 120_000 }, ()
   const places = [0, 1].map(() => mkdtempSync(join(tmpdir(), "core-build-")));
   try {
     const built = places.map((directory) => {
-      for (const name of ["assembly", "src/layout", "asconfig.json", "package.json", "package-lock.json"]) {
+      for (const name of [
+        "assembly",
+        "src/layout",
+        "src/datapath/variants.ts",
+        "asconfig.json",
+        "package.json",
+        "package-lock.json",
+      ]) {
         cpSync(join(root, name), join(directory, name), { recursive: true });
       }
       symlinkSync(join(root, "node_modules"), join(directory, "node_modules"));
