@@ -1,8 +1,8 @@
 /**
  * Where in a guest's segments a stretch of file goes.
  *
- * What fits into a gap of one segment goes there whole. A larger stretch continues over empty segments, each part
- * sharing OVERLAP_BYTES with the next: a virtqueue area (at most 512 KiB) or a buffer of that size is then always contiguous
+ * What fits into a gap of one segment goes there whole. A larger stretch continues over what is left at the end of
+ * the segments, each part sharing OVERLAP_BYTES with the next: a virtqueue area (at most 512 KiB) or a buffer of that size is then always contiguous
  * in one of them, wherever it starts.
  */
 import { SEGMENTS_MAX, SEGMENT_PAGES } from "../layout/lane.ts";
@@ -45,9 +45,10 @@ export function place(
   const places: Place[] = [];
   let start = 0n;
   for (let segment = 0; segment < SEGMENTS_MAX; segment++) {
-    if (inSegment(taken, segment).length > 0) continue;
-    const offset = align(segment, 0n);
+    const last = inSegment(taken, segment).at(-1);
+    const offset = align(segment, last ? last.offset + last.sizeBytes : 0n);
     const room = ((SEGMENT_BYTES - offset) / pageBytes) * pageBytes;
+    if (room <= overlap) continue;
     const part = sizeBytes - start < room ? sizeBytes - start : room;
     places.push({ segment, offset, sizeBytes: part, start });
     if (start + part === sizeBytes) return places;

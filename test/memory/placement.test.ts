@@ -80,6 +80,39 @@ describe("room", () => {
     expect(place(2n * GIB + 4096n, 4096n, taken, base)![0]).toMatchObject({ segment: 1, offset: 0n });
   });
 
+  /** Regions placed one after the other; undefined for those that found no room. */
+  const placeAll = (sizes: readonly bigint[]) => {
+    const taken: Place[] = [];
+    return sizes.map((sizeBytes) => {
+      const places = place(sizeBytes, 4096n, taken, base);
+      taken.push(...(places ?? []));
+      return places;
+    });
+  };
+
+  test.each([
+    [[20, 20, 20]],
+    [[3, 17, 20, 20]],
+    [[15, 15, 15, 15, 4]],
+    [Array.from({ length: 10 }, () => 6)],
+    [Array.from({ length: 7 }, () => 9)],
+  ])("a guest of regions of %j GiB fits", (sizes) => {
+    expect(placeAll(sizes.map((size) => BigInt(size) * GIB))).not.toContain(undefined);
+  });
+
+  test("a guest of 64 GiB fits, whatever its regions are", () => {
+    const size = fc.bigInt({ min: 1n, max: 32n * GIB }).map((bytes) => roundUp(bytes, 4096n));
+    fc.assert(
+      fc.property(fc.array(size, { minLength: 1, maxLength: 12 }), (sizes) => {
+        let left = 64n * GIB;
+        const guest = sizes.filter((sizeBytes) => sizeBytes <= left && ((left -= sizeBytes), true));
+        if (left > 0n) guest.push(left);
+        expect(placeAll(guest)).not.toContain(undefined);
+      }),
+      { numRuns: runs(300) },
+    );
+  });
+
   test("a whole guest of five segments fits, less the overlaps; one page more does not", () => {
     const most = BigInt(SEGMENTS_MAX) * SEGMENT_BYTES - BigInt(SEGMENTS_MAX - 1) * MIB;
     expect(place(most, 4096n, [], base)).toHaveLength(SEGMENTS_MAX);
