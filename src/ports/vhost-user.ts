@@ -7,10 +7,8 @@
 import { ProtocolError } from "../errors.ts";
 import { VRING_ENABLED, VRING_EVENT_IDX, VRING_INDIRECT, VRING_MERGEABLE } from "../layout/lane.ts";
 import {
-  AVAIL_ALIGN,
   AVAIL_ENTRY_SIZE,
   AVAIL_RING,
-  DESC_ALIGN,
   DESC_SIZE,
   NET_CONFIG_MAC,
   NET_CONFIG_MAX_VIRTQUEUE_PAIRS,
@@ -19,7 +17,6 @@ import {
   NET_CONFIG_STATUS,
   NET_HDR_SIZE,
   NET_HDR_SIZE_LEGACY,
-  USED_ALIGN,
   USED_ENTRY_SIZE,
   USED_RING,
   VIRTIO_F_ANY_LAYOUT,
@@ -47,7 +44,7 @@ const FEATURES = [
   VIRTIO_F_VERSION_1,
 ];
 
-export interface VhostUserOptions extends Omit<VhostUserSpec, "kind" | "text"> {
+interface VhostUserOptions extends Omit<VhostUserSpec, "kind" | "text"> {
   spec: string;
   onEvent: (event: ServerEvent) => void;
 }
@@ -177,9 +174,9 @@ export class VhostUserPort implements GuestPort, Device {
       start: start ?? Symbol(`start of virtqueue ${index}`),
       size,
       base,
-      desc: this.#area(vring.desc, DESC_SIZE * size, index, DESC_ALIGN),
-      avail: this.#area(vring.avail, AVAIL_RING + AVAIL_ENTRY_SIZE * size + event, index, AVAIL_ALIGN),
-      used: this.#area(vring.used, USED_RING + USED_ENTRY_SIZE * size + event, index, USED_ALIGN),
+      desc: this.#area(vring.desc, DESC_SIZE * size, index),
+      avail: this.#area(vring.avail, AVAIL_RING + AVAIL_ENTRY_SIZE * size + event, index),
+      used: this.#area(vring.used, USED_RING + USED_ENTRY_SIZE * size + event, index),
       headerBytes:
         this.#has(VIRTIO_F_VERSION_1) || this.#has(VIRTIO_NET_F_MRG_RXBUF) ? NET_HDR_SIZE : NET_HDR_SIZE_LEGACY,
       flags:
@@ -193,13 +190,12 @@ export class VhostUserPort implements GuestPort, Device {
     });
   }
 
-  /** @param align of an area's place in the segment: an odd mmap offset would make an atomic access trap */
-  #area(gpa: bigint, sizeBytes: number, index: number, align: number): Area {
-    const what = `virtqueue ${index}: an area of ${sizeBytes} bytes at gpa 0x${gpa.toString(16)}`;
+  #area(gpa: bigint, sizeBytes: number, index: number): Area {
     const area = this.memory.locate(gpa, BigInt(sizeBytes));
-    if (!area) throw new ProtocolError(`${what} is not in one region`);
-    if (area.offset % BigInt(align) !== 0n) throw new ProtocolError(`${what} is not aligned to ${align} in its file`);
-    return area;
+    if (area) return area;
+    throw new ProtocolError(
+      `virtqueue ${index}: an area of ${sizeBytes} bytes at gpa 0x${gpa.toString(16)} is not in one region`,
+    );
   }
 
   #has(bit: number): boolean {

@@ -8,6 +8,7 @@ import { fstatSync } from "node:fs";
 import { isMemoryFile, isReadWrite } from "../../native/fd.ts";
 import { addSeals, F_SEAL_SHRINK } from "../../native/memfd.ts";
 import { ProtocolError } from "../errors.ts";
+import { DESC_ALIGN } from "../layout/virtio.ts";
 import type { RegionRecord } from "./codec.ts";
 import type { MemoryRegion } from "./device.ts";
 
@@ -42,6 +43,7 @@ export class MemoryTable {
     checkRange(index, "gpa", region.gpa, region.sizeBytes);
     checkRange(index, "user address", region.userAddress, region.sizeBytes);
     checkRange(index, "mmap offset", region.mmapOffset, region.sizeBytes);
+    checkAlignment(index, region);
     for (const other of this.#entries) checkOverlap(index, region, other);
     return new MemoryTable([...this.#entries, { ...region, file: checkedFile(index, region, fd) }]);
   }
@@ -97,6 +99,15 @@ function checkRange(index: number, what: string, start: bigint, sizeBytes: bigin
   if (start + sizeBytes >= ADDRESS_END) {
     throw new ProtocolError(
       `region ${index}: ${what} ${hex(start)} + size ${hex(sizeBytes)} passes the end of 64 bits`,
+    );
+  }
+}
+
+/** A virtqueue area that is aligned in gpas must be so where it is mapped: a misaligned atomic access traps. */
+function checkAlignment(index: number, { gpa, mmapOffset }: RegionRecord): void {
+  if ((gpa - mmapOffset) % BigInt(DESC_ALIGN) !== 0n) {
+    throw new ProtocolError(
+      `region ${index}: gpa ${hex(gpa)} and mmap offset ${hex(mmapOffset)} do not differ by a multiple of ${DESC_ALIGN}`,
     );
   }
 }

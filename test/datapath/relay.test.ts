@@ -133,6 +133,19 @@ describe("memory of a guest", () => {
   });
 });
 
+it("a memory table that is refused leaves the old one in force: an mmap offset that would misalign a ring", async () => {
+  await start({ links: [[port("a"), port("b")]] });
+  const guest = open.use(new Guest(ORDINARY));
+  const a = open.use(await NetDriver.connect({ path: path("a"), guest }));
+  const b = await connect("b");
+  await exchange(a, b, 50);
+  const odd = guest.regions.map((region) => ({ ...region, sizeBytes: region.sizeBytes - 1n, mmapOffset: 1n }));
+  await a.frontend.setProtocolFeatures(REPLY_ACK);
+  await expect(a.frontend.setMemTable(odd)).rejects.toThrow(/refused/);
+  await exchange(a, b, 50, { first: 50 });
+  await exchange(b, a, 50);
+});
+
 describe("regions that come and go while frames flow", () => {
   /** The driver lives in the second region. */
   const plan: RegionPlan[] = [
@@ -255,6 +268,22 @@ describe("a receiver without buffers", () => {
         { timeout: 20_000, interval: 1 },
       )
       .toBe(sent);
+  });
+
+  it("that trickle in costs nothing: each frame waits for its own", async () => {
+    await start({ links: [[port("a"), port("b")]], stallMs: 500 });
+    const a = await connect("a");
+    const b = await connect("b");
+    let sent = 0;
+    let received = 0;
+    for (const end = performance.now() + 1500; performance.now() < end; await sleep(1)) {
+      while (a.pairs[0]!.transmit(frame(sent))) sent++;
+      a.pairs[0]!.flush();
+      b.pairs[0]!.receive(4, () => received++);
+    }
+    expect(lane("a").waits).toBeGreaterThan(0);
+    expect(lane("a").drops.noBuffer).toBe(0);
+    expect(received).toBeGreaterThan(0);
   });
 
   it("costs frames only after the stall limit, and gets them again once it has buffers", async () => {

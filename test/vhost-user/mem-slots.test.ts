@@ -98,6 +98,7 @@ describe("CONFIGURE_MEM_SLOTS", () => {
     ["BI-067: overlaps in user addresses", { userAddress: USER_ADDRESS }],
     ["BI-061: gpa + size wraps", { gpa: (1n << 64n) - 0x1000n + 1n }],
     ["BI-073: the file ends before it", { mmapOffset: SIZE }],
+    ["BI-108: areas aligned in gpas would not be so in the file", { mmapOffset: 1n, sizeBytes: SIZE - 1n }],
     ["PROTOCOL, 4.1: size 0", { sizeBytes: 0n }],
   ])("%s: ADD_MEM_REG is refused", async (_name, change) => {
     const { rig, frontend } = await ready();

@@ -95,7 +95,8 @@ describe("SET_MEM_TABLE", () => {
     ["BI-062: user address + size wraps", { userAddress: (1n << 64n) - 0x1000n }],
     ["BI-063: mmap offset + size wraps", { mmapOffset: (1n << 64n) - 0x1000n }],
     ["BI-064: size near 2^64", { gpa: 0n, userAddress: 0n, sizeBytes: (1n << 64n) - 1n }],
-    ["BI-073: the file ends before the region", { mmapOffset: 1n }],
+    ["BI-073: the file ends before the region", { mmapOffset: 16n }],
+    ["BI-108: areas aligned in gpas would not be so in the file", { mmapOffset: 8n, sizeBytes: SIZE - 8n }],
   ])("%s: refused", async (_name, change) => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
@@ -282,7 +283,7 @@ describe("PROTOCOL, 4.1: each ring area lies fully inside one region", () => {
   it("BI-108: a ring aligned in user addresses but not in guest ones is refused", async () => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
-    await frontend.setMemTable([{ ...rig.region(), gpa: GPA + 8n }]);
+    await frontend.setMemTable([{ ...rig.region(), gpa: GPA + 8n, mmapOffset: 8n, sizeBytes: SIZE - 8n }]);
     await frontend.setVringNum(0, RING_SIZE);
     await expect(frontend.setVringAddr(0, AREAS)).rejects.toThrow(/refused/);
   });
