@@ -114,7 +114,7 @@ export function socketpair(): [number, number] {
 }
 
 /** What one recvmsg brought. */
-export interface Received {
+interface Received {
   /** Bytes written to the buffer; 0 when the peer will send no more. */
   count: number;
   /** Descriptors that came along; the caller closes them. */
@@ -210,7 +210,8 @@ function socketAddress(path: string): Buffer {
   return Buffer.concat([family, bytes]);
 }
 
-function removeStaleSocket(path: string): void {
+/** Removes a socket file that nobody listens on. @throws ConfigError if somebody does, or if it is no socket */
+export function removeStaleSocket(path: string): void {
   const found = lstatSync(path, { throwIfNoEntry: false });
   if (!found) return;
   if (!found.isSocket()) throw new ConfigError(`${path} exists and is no socket; remove it or choose another path`);

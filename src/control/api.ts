@@ -5,10 +5,10 @@
  *
  * Sockets live in one directory (directory.ts), so that `vhost-relay show` finds every relay of this user.
  */
-import { rmSync } from "node:fs";
 import { createServer, request, type Server } from "node:http";
 import { join } from "node:path";
 import { SystemError } from "../errors.ts";
+import { removeStaleSocket } from "../../native/socket.ts";
 import type { Relay, RelayState } from "../datapath/relay.ts";
 import { controlDirectory, openDirectory, socketsIn } from "./directory.ts";
 
@@ -30,10 +30,8 @@ export function ownControlSocket(): string {
  * @throws ConfigError if the directory is not to be trusted, SystemError if the socket cannot be made
  */
 export async function serveControl(relay: Relay, path: string): Promise<AsyncDisposable> {
-  if (path === ownControlSocket()) {
-    await openDirectory(controlDirectory());
-    rmSync(path, { force: true }); // left by an earlier process that had our id
-  }
+  if (path === ownControlSocket()) await openDirectory(controlDirectory());
+  removeStaleSocket(path); // left by a relay that was killed
   const server = createServer((message, response) => {
     const known = message.url === "/v1/state";
     const status = !known ? 404 : message.method !== "GET" ? 405 : 200;

@@ -156,6 +156,19 @@ describe("run", () => {
     await first.exit;
   });
 
+  it("starts again on the same sockets after it was killed", async () => {
+    const args = ["run", "--link", `vhost-user:${socket("a")}=null`, "--control", socket("control")];
+    const first = cli(...args);
+    await present("a", "control").toEqual([true, true]);
+    first.child.kill("SIGKILL");
+    await first.exit;
+    const second = cli(...args);
+    const shown = async () => (await cli("show", "--control", socket("control")).exit).status;
+    await expect.poll(shown, { timeout: 20_000, interval: 500 }).toBe(0);
+    second.child.kill();
+    expect(await second.exit).toEqual({ status: 0, signal: null });
+  });
+
   it("outlives the reader of its log", async () => {
     const { child, exit } = cli("run", "--link", `vhost-user:${socket("a")}=null`, "--control", socket("control"));
     await present("a").toEqual([true]);
