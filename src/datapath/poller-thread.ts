@@ -70,6 +70,7 @@ class PollerThread {
     nameThread(task.name);
     if (task.cpu !== undefined) pinThread(task.cpu);
     this.#epoll.add(task.wake);
+    this.#post({ type: "ready" });
   }
 
   run(): void {

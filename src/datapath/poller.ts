@@ -10,10 +10,11 @@ import { MessageChannel, type MessagePort } from "node:worker_threads";
 import { Piscina } from "piscina";
 import { eventfdCreate, signal } from "../../native/eventfd.ts";
 import { close } from "../../native/libc.ts";
+import { ConfigError } from "../errors.ts";
 
 export type PollMode = "adaptive" | "busy" | "interrupt";
 
-export interface PollerOptions {
+interface PollerOptions {
   mode: PollMode;
   /** CPUs to pin pollers to, one each. */
   cpus: readonly number[];
@@ -43,7 +44,10 @@ export interface VringFds {
 export type Command = { sequence: number } & ({ type: "run"; task: LaneTask } | { type: "park"; lane: number });
 
 export type PollerMessage =
-  | { type: "done"; sequence: number }
+  /** The thread is where it shall run, and takes commands. */
+  { type: "ready" } | { type: "done"; sequence: number } | PollerEvent;
+
+export type PollerEvent =
   /** A driver broke the format of its virtqueue; the core stopped it. */
   | { type: "broken"; lane: number; end: "source" | "destination" }
   /** The lane's code trapped: our bug. It is parked for good. */
@@ -58,7 +62,7 @@ export const CONTROL_STOP = 1;
 export const CONTROL_BUSY = 2;
 export const CONTROL_IDLE = 3;
 export const CONTROL_SLEEPS = 4;
-export const CONTROL_WORDS = 5;
+const CONTROL_WORDS = 5;
 
 /** What is handed to the thread's task. */
 export interface PollerTask {
@@ -71,30 +75,43 @@ export interface PollerTask {
   stallMs: number;
 }
 
+const ENDED = "the poller has ended";
+
 export class Poller {
   readonly cpu: number | undefined;
+  /** Settles once the thread takes commands. @throws ConfigError if it cannot run on its CPU */
+  readonly ready: Promise<void>;
   readonly #port: MessagePort;
   readonly #control = new BigInt64Array(new SharedArrayBuffer(8 * CONTROL_WORDS));
   readonly #wake = eventfdCreate();
-  readonly #pending = new Map<number, () => void>();
+  readonly #pending = new Map<number, PromiseWithResolvers<void>>();
   readonly #task: Promise<void>;
   #sequence = 0;
   #ended = false;
 
+  /** @param onFailure the thread was ready, and died */
   constructor(
     pool: Piscina,
     name: string,
     cpu: number | undefined,
     options: PollerOptions,
-    onMessage: (message: PollerMessage) => void,
+    onEvent: (event: PollerEvent) => void,
     onFailure: (error: unknown) => void,
   ) {
     this.cpu = cpu;
+    const ready = Promise.withResolvers<void>();
+    this.ready = ready.promise;
+    let isReady = false;
     const { port1, port2 } = new MessageChannel();
     this.#port = port1;
     port1.on("message", (message: PollerMessage) => {
-      if (message.type === "done") this.#settle(message.sequence);
-      else onMessage(message);
+      if (message.type === "ready") {
+        isReady = true;
+        ready.resolve();
+      } else if (message.type === "done") {
+        this.#pending.get(message.sequence)?.resolve();
+        this.#pending.delete(message.sequence);
+      } else onEvent(message);
     });
     const task: PollerTask = {
       port: port2,
@@ -111,19 +128,25 @@ export class Poller {
       () => this.#end(),
       (error: unknown) => {
         this.#end();
-        onFailure(error);
+        if (isReady) onFailure(error);
+        else
+          ready.reject(cpu === undefined ? error : new ConfigError(`CPU ${cpu}: ${String(error)}`, { cause: error }));
       },
     );
   }
 
-  /** Lets the lane run by what its memory 0 says now. */
+  /** Lets the lane run by what its memory 0 says now. Rejects if the thread has ended, or ends before it does so. */
   run(task: LaneTask): Promise<void> {
     return this.#command({ type: "run", task });
   }
 
-  /** Until the lane runs again the thread touches neither its memories nor its fds. */
-  park(lane: number): Promise<void> {
-    return this.#command({ type: "park", lane });
+  /** Until the lane runs again the thread touches neither its memories nor its fds: true as well of one that has ended. */
+  async park(lane: number): Promise<void> {
+    try {
+      await this.#command({ type: "park", lane });
+    } catch (error) {
+      if (!this.#ended) throw error;
+    }
   }
 
   /** Ends the thread's task. All that must be done at once is done when this returns; it settles when the task has ended. */
@@ -142,25 +165,20 @@ export class Poller {
   }
 
   #command(command: { type: "run"; task: LaneTask } | { type: "park"; lane: number }): Promise<void> {
+    if (this.#ended) return Promise.reject(new Error(ENDED));
     const sequence = this.#sequence++;
-    if (this.#ended) return Promise.resolve();
-    return new Promise((resolve) => {
-      this.#pending.set(sequence, resolve);
-      this.#port.postMessage({ ...command, sequence } satisfies Command);
-      Atomics.add(this.#control, CONTROL_COMMANDS, 1n);
-      signal(this.#wake);
-    });
+    const done = Promise.withResolvers<void>();
+    this.#pending.set(sequence, done);
+    this.#port.postMessage({ ...command, sequence } satisfies Command);
+    Atomics.add(this.#control, CONTROL_COMMANDS, 1n);
+    signal(this.#wake);
+    return done.promise;
   }
 
-  #settle(sequence: number): void {
-    this.#pending.get(sequence)?.();
-    this.#pending.delete(sequence);
-  }
-
-  /** The thread has ended: what was asked of it is moot. */
   #end(): void {
     this.#ended = true;
-    for (const sequence of this.#pending.keys()) this.#settle(sequence);
+    for (const { reject } of this.#pending.values()) reject(new Error(ENDED));
+    this.#pending.clear();
     this.#port.close();
     close(this.#wake);
   }
@@ -174,11 +192,7 @@ export class Pollers {
   readonly #atExit = (): void => this.all.forEach((poller) => void poller.stop());
 
   /** @param onFailure a thread died: nothing it ran will move again */
-  constructor(
-    options: PollerOptions,
-    onMessage: (message: PollerMessage) => void,
-    onFailure: (error: unknown) => void,
-  ) {
+  constructor(options: PollerOptions, onEvent: (event: PollerEvent) => void, onFailure: (error: unknown) => void) {
     const threads = options.cpus.length || options.pollers;
     this.#pool = new Piscina({
       filename: new URL(`./poller-thread${extname(import.meta.url)}`, import.meta.url).href,
@@ -188,11 +202,21 @@ export class Pollers {
       idleTimeout: Number.POSITIVE_INFINITY,
       atomics: "disabled",
     });
-    this.all = Array.from(
-      { length: threads },
-      (_, i) => new Poller(this.#pool, `relay-poll-${i}`, options.cpus[i], options, onMessage, onFailure),
-    );
+    const all: Poller[] = [];
+    this.all = all;
     process.on("exit", this.#atExit);
+    try {
+      for (let i = 0; i < threads; i++)
+        all.push(new Poller(this.#pool, `relay-poll-${i}`, options.cpus[i], options, onEvent, onFailure));
+    } catch (error) {
+      void this.close();
+      throw error;
+    }
+  }
+
+  /** Settles once all threads take commands; rejects if one cannot. Then `close` is what is left to do. */
+  async ready(): Promise<void> {
+    await Promise.all(this.all.map((poller) => poller.ready));
   }
 
   /** The poller for the next lane: they take turns. */

@@ -9,7 +9,11 @@ import type { SocketAddress } from "../vhost-user/endpoint.ts";
 import type { ServerEvent } from "../vhost-user/server.ts";
 import type { LaneCounters } from "./lane.ts";
 import { Link, type PlacedLane } from "./link.ts";
-import { Pollers, type PollMode, type PollerMessage } from "./poller.ts";
+import { Pollers, type PollMode, type PollerEvent } from "./poller.ts";
+
+const STALL_MS_MAX = 3_600_000;
+/** The highest CPU that a pinned thread can be put on, see native/sched.ts. */
+const CPU_MAX = 1023;
 
 /** A port as on the command line; `{ fd }` is short for `vhost-user:fd=N`, the relay owns the socket from then on. */
 export type PortText = string | { fd: number };
@@ -21,7 +25,7 @@ export interface RelayOptions {
   poll?: PollMode;
   /** CPUs to pin pollers to, one poller each; without it one poller runs where the scheduler puts it. */
   cpus?: readonly number[];
-  /** How long a frame waits for the receiver to supply buffers before it is dropped, in milliseconds; default 1000. */
+  /** How long a frame waits for the receiver to supply buffers before it is dropped: milliseconds, at most an hour; default 1000. */
   stallMs?: number;
   /**
    * Told what happens: front-ends come and go, messages are refused, a guest's driver breaks a virtqueue. What it throws
@@ -73,6 +77,8 @@ export class Relay implements AsyncDisposable {
   #closed: Promise<void> | undefined;
 
   private constructor(options: RelayOptions) {
+    const { cpus = [], stallMs = 1000 } = options;
+    checkOptions(cpus, stallMs);
     this.#onEvent = (event) => callOutside(options.onEvent, event);
     const ends = options.links.map((pair) =>
       pair.map((port) => parsePort(typeof port === "string" ? port : `vhost-user:fd=${port.fd}`)),
@@ -86,22 +92,22 @@ export class Relay implements AsyncDisposable {
         throw new ConfigError(`link ${a?.text}=${b?.text}: neither end can send; one must be a vhost-user port`);
       }
     }
+    // Ports first: they reserve address space, which may fail. Threads would be left behind.
+    const ports = ends.map(([a, b]) => [this.#makePort(a as Spec), this.#makePort(b as Spec)] as const);
     this.#pollers = new Pollers(
-      { mode: options.poll ?? "adaptive", cpus: options.cpus ?? [], pollers: 1, stallMs: options.stallMs ?? 1000 },
+      { mode: options.poll ?? "adaptive", cpus, pollers: 1, stallMs },
       (message) => this.#observe(message),
       (error) => this.#onEvent({ type: "fatal", error }),
     );
     let lanes = 0;
-    this.#links = ends.map(([a, b], i) => {
-      const ports = [this.#makePort(a as Spec), this.#makePort(b as Spec)] as const;
-      return new Link(`link${i}`, ports, this.#pollers, () => lanes++);
-    });
+    this.#links = ports.map((pair, i) => new Link(`link${i}`, pair, this.#pollers, () => lanes++));
   }
 
   /** Starts serving: when this settles, all sockets exist. @throws ConfigError, SystemError; nothing is left behind */
   static async start(options: RelayOptions): Promise<Relay> {
     const relay = new Relay(options);
     try {
+      await relay.#pollers.ready();
       for (const link of relay.#links) await link.open();
     } catch (error) {
       await relay.close();
@@ -143,8 +149,7 @@ export class Relay implements AsyncDisposable {
     });
   }
 
-  #observe(message: PollerMessage): void {
-    if (message.type === "done") return;
+  #observe(message: PollerEvent): void {
     const placed = this.#links.flatMap((link) => link.lanes).find(({ id }) => id === message.lane);
     if (!placed) return;
     const { lane, pair, source, destination } = placed;
@@ -158,6 +163,13 @@ export class Relay implements AsyncDisposable {
       this.#onEvent({ type: "broken", lane: lane.name, port: port?.spec ?? "", virtqueue });
     }
   }
+}
+
+function checkOptions(cpus: readonly number[], stallMs: number): void {
+  const wrong = cpus.find((cpu) => !Number.isInteger(cpu) || cpu < 0 || cpu > CPU_MAX);
+  if (wrong !== undefined) throw new ConfigError(`cpus: ${wrong} is not a whole number from 0 to ${CPU_MAX}`);
+  if (!(stallMs >= 0 && stallMs <= STALL_MS_MAX))
+    throw new ConfigError(`stallMs: ${stallMs} is not a number from 0 to ${STALL_MS_MAX}`);
 }
 
 /** Calls a function of the library's user: what it throws surfaces by itself, not in the code that had news. */
