@@ -17,13 +17,11 @@ export function errno(): number {
 }
 
 /** The errno values callers branch on. */
-export const { EINTR, EAGAIN, ENOENT, ECONNREFUSED, EPERM, EINVAL } = koffi.os.errno as Record<string, number> & {
+export const { EINTR, EAGAIN, ENOENT, ECONNREFUSED } = koffi.os.errno as Record<string, number> & {
   EINTR: number;
   EAGAIN: number;
   ENOENT: number;
   ECONNREFUSED: number;
-  EPERM: number;
-  EINVAL: number;
 };
 
 /** An error for the call that just failed. @param context what was attempted, with values */

@@ -32,7 +32,7 @@ export function baseAddress(memory: WebAssembly.Memory): bigint {
 }
 
 /** A page-aligned place inside one memory. */
-export interface MemoryRange {
+interface MemoryRange {
   memory: WebAssembly.Memory;
   offset: bigint;
   sizeBytes: bigint;

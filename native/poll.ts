@@ -8,7 +8,7 @@
 import koffi from "koffi";
 import type { node } from "koffi";
 
-export interface Interest {
+interface Interest {
   readable?: boolean;
   writable?: boolean;
 }

@@ -8,7 +8,6 @@
  * | ConfigError   | the user's command line | exit status 2                           |
  * | SystemError   | the host (errno)        | the operation failed; state unchanged   |
  * | ProtocolError | the front-end           | refuse the message or drop the connection |
- * | GuestError    | the guest's driver      | stop that virtqueue, keep the rest      |
  */
 
 export abstract class RelayError extends Error {
@@ -51,9 +50,4 @@ export class ProtocolError extends RelayError {
     super(message);
     this.recovery = recovery;
   }
-}
-
-/** The guest's driver broke the virtqueue format beyond what one chain can answer for. */
-export class GuestError extends RelayError {
-  readonly code = "GUEST";
 }

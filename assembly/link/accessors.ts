@@ -26,7 +26,7 @@ const stores: [name: string, instruction: string, value: string][] = [
 ];
 
 /** The memories in the order of an accessor's index: the source's segments, then the destination's. */
-export function segmentNames(segments: number): string[] {
+function segmentNames(segments: number): string[] {
   const numbers = [...Array(segments).keys()];
   return [...numbers.map((n) => `source${n}`), ...numbers.map((n) => `destination${n}`)];
 }

@@ -5,7 +5,7 @@ import type { PollMode } from "../datapath/poller.ts";
 import { Relay, type PortText } from "../datapath/relay.ts";
 import { ConfigError } from "../errors.ts";
 
-export interface RunOptions {
+interface RunOptions {
   link: string[];
   socketPath?: string;
   fd?: number;

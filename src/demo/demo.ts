@@ -12,7 +12,7 @@ import { Relay } from "../datapath/relay.ts";
 import type { RelayEvent } from "../datapath/relay.ts";
 import { DriverThread } from "./driver.ts";
 
-export interface DemoOptions {
+interface DemoOptions {
   /** How long to transmit; Infinity is until the signal. */
   seconds: number;
   /** Captured frames to replay between the generated ones. */
@@ -38,7 +38,7 @@ export interface Progress {
   directions: readonly Direction[];
 }
 
-export interface Outcome extends Progress {
+interface Outcome extends Progress {
   /** Why it failed; undefined if every frame that was sent arrived and was verified. */
   failure: string | undefined;
 }

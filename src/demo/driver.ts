@@ -6,7 +6,7 @@ import { close } from "../../native/libc.ts";
 import { COUNTER, COUNTERS, PHASE } from "./protocol.ts";
 import type { DriverTask } from "./protocol.ts";
 
-export type DriverPlan = Pick<DriverTask, "path" | "frames" | "send" | "expect">;
+type DriverPlan = Pick<DriverTask, "path" | "frames" | "send" | "expect">;
 
 export class DriverThread implements AsyncDisposable {
   /** Settles once the rings run, or the thread has ended. */

@@ -17,7 +17,7 @@ const VERSION_MINOR = 4;
 const SNAPLEN = 262144;
 
 /** One captured packet. */
-export interface Packet {
+interface Packet {
   /** Nanoseconds since the epoch. */
   timeNs: bigint;
   /** The captured octets: a view into the file that was read. */

@@ -6,7 +6,7 @@
 import type { Direction, Progress } from "./demo.ts";
 
 /** The part of a stream that the table needs. */
-export interface Screen {
+interface Screen {
   isTTY?: boolean;
   write(text: string): unknown;
 }

@@ -48,14 +48,14 @@ export interface ChainBuffer {
 }
 
 /** Driver memory for one indirect table: 16 bytes a descriptor, aligned to 16. */
-export interface IndirectTable {
+interface IndirectTable {
   buffer: ArrayBufferLike;
   byteOffset: number;
   gpa: bigint;
 }
 
 /** Where a ring lies, and what was negotiated for it. */
-export interface RingPlace {
+interface RingPlace {
   buffer: ArrayBufferLike;
   /** First byte of the ring in `buffer`; a multiple of 64 keeps the areas on cache lines of their own. */
   byteOffset: number;
@@ -72,7 +72,7 @@ export interface RingPlace {
 }
 
 /** Byte offsets of the three areas from the start of the ring, and the bytes they take together. */
-export interface RingLayout {
+interface RingLayout {
   desc: number;
   avail: number;
   used: number;

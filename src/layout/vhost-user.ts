@@ -16,10 +16,9 @@ export const VHOST_USER_VERSION_MASK = 3;
 export const VHOST_USER_REPLY = 4;
 export const VHOST_USER_NEED_REPLY = 8;
 
-// Limits: our own largest payload (the specification's largest is 2056 bytes), SCM_MAX_FD of the kernel,
-// regions of a SET_MEM_TABLE, regions added one by one, size of the configuration space
+// Limits: our own largest payload (the specification's largest is 2056 bytes), regions of a SET_MEM_TABLE,
+// regions added one by one, size of the configuration space
 export const PAYLOAD_SIZE_MAX = 4084;
-export const MESSAGE_FDS_MAX = 253;
 export const MEM_REGIONS_MAX = 8;
 export const MEM_SLOTS_MAX = 509;
 export const CONFIG_SIZE_MAX = 256;
@@ -73,29 +72,15 @@ export const VHOST_USER_GET_VRING_BASE_SKIP_DRAIN = 45;
 
 // Protocol feature bit numbers
 export const VHOST_USER_PROTOCOL_F_MQ = 0;
-export const VHOST_USER_PROTOCOL_F_LOG_SHMFD = 1;
-export const VHOST_USER_PROTOCOL_F_RARP = 2;
 export const VHOST_USER_PROTOCOL_F_REPLY_ACK = 3;
 export const VHOST_USER_PROTOCOL_F_MTU = 4;
 export const VHOST_USER_PROTOCOL_F_BACKEND_REQ = 5;
-export const VHOST_USER_PROTOCOL_F_CROSS_ENDIAN = 6;
-export const VHOST_USER_PROTOCOL_F_CRYPTO_SESSION = 7;
-export const VHOST_USER_PROTOCOL_F_PAGEFAULT = 8;
 export const VHOST_USER_PROTOCOL_F_CONFIG = 9;
-export const VHOST_USER_PROTOCOL_F_BACKEND_SEND_FD = 10;
-export const VHOST_USER_PROTOCOL_F_HOST_NOTIFIER = 11;
-export const VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD = 12;
 export const VHOST_USER_PROTOCOL_F_RESET_DEVICE = 13;
 export const VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS = 14;
 export const VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS = 15;
 export const VHOST_USER_PROTOCOL_F_STATUS = 16;
-export const VHOST_USER_PROTOCOL_F_XEN_MMAP = 17;
-export const VHOST_USER_PROTOCOL_F_SHARED_OBJECT = 18;
-export const VHOST_USER_PROTOCOL_F_DEVICE_STATE = 19;
-export const VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT = 20;
 export const VHOST_USER_PROTOCOL_F_GPA_ADDRESSES = 21;
-export const VHOST_USER_PROTOCOL_F_SHMEM = 22;
-export const VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN = 23;
 
 export const U64_SIZE = 8;
 
@@ -113,7 +98,6 @@ export const VRING_ADDR_DESC = 8;
 export const VRING_ADDR_USED = 16;
 export const VRING_ADDR_AVAIL = 24;
 export const VRING_ADDR_LOG = 32;
-export const VHOST_VRING_F_LOG = 1;
 
 // The u64 of SET_VRING_KICK, CALL and ERR: bits 0-7 index, bit 8 "no fd"
 export const VHOST_USER_VRING_IDX_MASK = 0xff;

@@ -11,7 +11,6 @@ export const DESC_SIZE = 16;
 export const DESC_ADDR = 0;
 export const DESC_LEN = 8;
 export const DESC_FLAGS = 12;
-export const DESC_NEXT = 14;
 
 export const VRING_DESC_F_NEXT = 1;
 export const VRING_DESC_F_WRITE = 2;
@@ -40,12 +39,6 @@ export const USED_ALIGN = 4;
 export const VRING_SIZE_MAX = 32768;
 
 // struct virtio_net_hdr_mrg_rxbuf
-export const NET_HDR_FLAGS = 0;
-export const NET_HDR_GSO_TYPE = 1;
-export const NET_HDR_HDR_LEN = 2;
-export const NET_HDR_GSO_SIZE = 4;
-export const NET_HDR_CSUM_START = 6;
-export const NET_HDR_CSUM_OFFSET = 8;
 export const NET_HDR_NUM_BUFFERS = 10;
 export const NET_HDR_SIZE_LEGACY = 10; // neither VERSION_1 nor MRG_RXBUF
 export const NET_HDR_SIZE = 12;
@@ -55,17 +48,12 @@ export const VIRTIO_NET_F_MTU = 3;
 export const VIRTIO_NET_F_MAC = 5;
 export const VIRTIO_NET_F_MRG_RXBUF = 15;
 export const VIRTIO_NET_F_STATUS = 16;
-export const VIRTIO_NET_F_GUEST_ANNOUNCE = 21;
 export const VIRTIO_NET_F_MQ = 22;
-export const VHOST_F_LOG_ALL = 26;
 export const VIRTIO_F_ANY_LAYOUT = 27;
 export const VIRTIO_RING_F_INDIRECT_DESC = 28;
 export const VIRTIO_RING_F_EVENT_IDX = 29;
 export const VHOST_USER_F_PROTOCOL_FEATURES = 30;
 export const VIRTIO_F_VERSION_1 = 32;
-export const VIRTIO_F_ACCESS_PLATFORM = 33;
-export const VIRTIO_F_RING_PACKED = 34;
-export const VIRTIO_F_IN_ORDER = 35;
 
 // struct virtio_net_config: u8 mac[6], le16 status, le16 max_virtqueue_pairs, le16 mtu, then fields that are not served
 export const NET_CONFIG_MAC = 0;

@@ -33,7 +33,7 @@ export interface RunningVring {
 export type Change = (apply: () => void) => Promise<void>;
 
 /** A port without a guest: `loopback` returns what its peer sends, `null` swallows it. */
-export interface PassivePort {
+interface PassivePort {
   readonly kind: "loopback" | "null";
   /** As written by the user. */
   readonly spec: string;

@@ -6,7 +6,7 @@ import type { SocketAddress } from "../vhost-user/endpoint.ts";
 export const PORT_SYNTAX =
   "vhost-user:PATH|fd=N[,connect][,queues=N][,queue-unit=pairs|vrings][,mac=MAC][,mtu=N] | loopback | null";
 /** Queue pairs of one vhost-user port (ring indexes are 8 bits wide in SET_VRING_KICK). */
-export const QUEUE_PAIRS_MAX = 128;
+const QUEUE_PAIRS_MAX = 128;
 /** sun_path of struct sockaddr_un, less the final zero. */
 const SOCKET_PATH_MAX = 107;
 
@@ -22,7 +22,7 @@ export interface VhostUserSpec {
   mtu: number | undefined;
 }
 
-export type PortSpec = VhostUserSpec | { kind: "loopback" | "null"; text: string };
+type PortSpec = VhostUserSpec | { kind: "loopback" | "null"; text: string };
 
 /** @throws ConfigError saying what is wrong with the text and what would be right */
 export function parsePort(text: string): PortSpec {

@@ -107,7 +107,7 @@ export function decodeU64(payload: Buffer): bigint {
 }
 
 /** struct vhost_vring_state: a ring index and a number whose meaning the request gives. */
-export interface VringNumber {
+interface VringNumber {
   index: number;
   num: number;
 }

@@ -52,7 +52,7 @@ export class Listener implements Endpoint {
 }
 
 /** A socket that the caller gives away: the connections of a listening one, or the one connection that it is. */
-export class Inherited implements Endpoint {
+class Inherited implements Endpoint {
   readonly #fd: number;
   readonly #closing = new AbortController();
   readonly #isListening: boolean;
@@ -96,7 +96,7 @@ const IDLE_RETRY_MS = 1000;
  * Dials a path until somebody listens there. A new listener always makes a new socket file, so the directory is
  * watched; between the file and its listen(2) there is a moment, so after a change it is dialled at short intervals.
  */
-export class Dialer implements Endpoint {
+class Dialer implements Endpoint {
   readonly #path: string;
   readonly #closing = new AbortController();
   #watcher: FSWatcher | undefined;
