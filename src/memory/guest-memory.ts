@@ -10,7 +10,7 @@ import { constants } from "node:os";
 import { baseAddress, checkMappable, mapAnonymous, mapShared } from "../../native/mman.ts";
 import { ProtocolError, SystemError } from "../errors.ts";
 import { EXTENTS_MAX, SEGMENTS_MAX, SEGMENT_PAGES } from "../layout/lane.ts";
-import { type Place, place, roundUp } from "./placement.ts";
+import { type Place, SEGMENT_BYTES, place, roundUp } from "./placement.ts";
 
 /**
  * A piece of guest memory: [gpa, gpa + sizeBytes) is [mmapOffset, mmapOffset + sizeBytes) of the file `fd`. The session
@@ -83,32 +83,41 @@ export class GuestMemory {
     });
     checkExtents(taken);
 
-    for (const old of this.#regions) if (!mapped.includes(old)) this.#unmap(old);
-    this.#setMapped(mapped);
-    for (const [i, { region }] of wanted.entries()) {
-      if (!known[i]) this.#map(region, mapped[i] as MappedRegion);
-    }
+    this.#orClear(() => {
+      for (const old of this.#regions) if (!mapped.includes(old)) this.#unmap(old);
+      for (const [i, { region }] of wanted.entries()) {
+        if (!known[i]) this.#map(region, mapped[i] as MappedRegion);
+      }
+      this.#setMapped(mapped);
+    });
   }
 
-  /** Maps one region more, and touches no other. @throws ProtocolError if it cannot be mapped; then nothing has changed */
+  /** Maps one region more, and touches no other. @throws ProtocolError as setRegions does */
   addRegion(region: FileRegion): void {
     const taken = this.#regions.flatMap(({ places }) => places);
     const target = this.#plan({ region, ...inspect(region) }, taken);
     checkExtents([...taken, ...target.places]);
-    this.#setMapped([...this.#regions, target]);
-    this.#map(region, target);
+    this.#orClear(() => {
+      this.#map(region, target);
+      this.#setMapped([...this.#regions, target]);
+    });
   }
 
-  /** Unmaps the region at this gpa, and touches no other. */
+  /** Unmaps the region at this gpa, and touches no other. @throws ProtocolError (drop) if the kernel refuses; then all memory is gone */
   removeRegion(gpa: bigint): void {
-    for (const region of this.#regions) if (region.gpa === gpa) this.#unmap(region);
-    this.#setMapped(this.#regions.filter((region) => region.gpa !== gpa));
+    this.#orClear(() => {
+      for (const region of this.#regions) if (region.gpa === gpa) this.#unmap(region);
+      this.#setMapped(this.#regions.filter((region) => region.gpa !== gpa));
+    });
   }
 
-  /** Gives all memory back; the segments stay, inert. */
+  /**
+   * Gives all memory back; the segments stay, inert. Each is laid over whole, which splits no mapping: the kernel refuses
+   * that to a process that has too many. Where it refuses this too, what is still mapped is in no extent, and goes next time.
+   */
   clear(): void {
-    for (const region of this.#regions) this.#unmap(region);
     this.#setMapped([]);
+    for (const memory of this.#all) mapAnonymous({ memory, offset: 0n, sizeBytes: SEGMENT_BYTES });
   }
 
   /** Where a whole guest physical range lies in one piece, or undefined. */
@@ -132,12 +141,21 @@ export class GuestMemory {
   }
 
   #map({ fd, mmapOffset }: FileRegion, { lead, places }: MappedRegion): void {
+    for (const { segment, offset, sizeBytes, start } of places) {
+      mapShared({ memory: this.#segment(segment), offset, sizeBytes }, fd, mmapOffset - lead + start);
+    }
+  }
+
+  /** Makes a change that the kernel should allow; if it does not, all memory goes and the front-end with it. */
+  #orClear(change: () => void): void {
     try {
-      for (const { segment, offset, sizeBytes, start } of places) {
-        mapShared({ memory: this.#segment(segment), offset, sizeBytes }, fd, mmapOffset - lead + start);
+      try {
+        change();
+      } catch (error) {
+        this.clear();
+        throw error;
       }
     } catch (error) {
-      this.clear();
       throw error instanceof SystemError ? new ProtocolError(error.message, "drop") : error;
     }
   }
