@@ -82,7 +82,7 @@ describe.skipIf(missing !== undefined)(`two Linux guests, one link${missing ? `:
       const { packets, lost_packets: lost } = (await iperf(direction, "--udp", "--bitrate 20M")).end.sum!;
       expect(packets).toBeGreaterThan(100);
       // a guest may lose some in its socket's buffer when the machine is busy; a broken link loses all
-      expect(lost).toBeLessThan(packets / 10);
+      expect(packets - lost).toBeGreaterThan(packets / 2);
     }
   });
 
