@@ -28,7 +28,7 @@ export interface Vring {
   /** Next avail index (mod 2^16) when the ring starts; of no meaning in updateVring and setMemory. */
   base: number;
   enabled: boolean;
-  /** Eventfds (call and err may be pipes or sockets, all non-blocking where we write); undefined: poll, or do not notify. Owned by the session. */
+  /** Eventfds (call and err may be sockets); undefined: poll, or do not notify. Owned by the session. */
   kick: number | undefined;
   call: number | undefined;
   err: number | undefined;
