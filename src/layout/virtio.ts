@@ -1,7 +1,7 @@
 /**
- * Virtio numbers: the split virtqueue, the virtio-net header and feature bits.
+ * Virtio numbers: the split and the packed virtqueue, the virtio-net header and feature bits.
  *
- * Truth: virtio 1.3, sections 2.7 (split virtqueues), 5.1.6 (net header), 6 (features);
+ * Truth: virtio 1.3, sections 2.7 (split virtqueues), 2.8 (packed virtqueues), 5.1.6 (net header), 6 (features);
  * linux/virtio_ring.h, linux/virtio_net.h, linux/virtio_config.h. test/layout compares every number here
  * with the kernel's headers. Plain constants only: asc, tsc, Node and vitest import this same file.
  */
@@ -38,22 +38,65 @@ export const AVAIL_ALIGN = 2;
 export const USED_ALIGN = 4;
 export const VRING_SIZE_MAX = 32768;
 
+// struct vring_packed_desc: le64 addr, le32 len, le16 id, le16 flags; as large as a vring_desc
+export const PACKED_DESC_LEN = 8;
+export const PACKED_DESC_ID = 12;
+export const PACKED_DESC_FLAGS = 14;
+// Bit numbers in its flags, beside VRING_DESC_F_*
+export const VRING_PACKED_DESC_F_AVAIL = 7;
+export const VRING_PACKED_DESC_F_USED = 15;
+
+// struct vring_packed_desc_event: le16 off_wrap, le16 flags; one of the driver's and one of the device's
+export const PACKED_EVENT_OFF_WRAP = 0;
+export const PACKED_EVENT_FLAGS = 2;
+export const PACKED_EVENT_SIZE = 4;
+export const PACKED_EVENT_ALIGN = 4;
+export const VRING_PACKED_EVENT_FLAG_ENABLE = 0;
+export const VRING_PACKED_EVENT_FLAG_DISABLE = 1;
+export const VRING_PACKED_EVENT_FLAG_DESC = 2;
+// Bit number of the wrap counter in off_wrap and in every position of a packed ring: index | wrap << 15
+export const VRING_PACKED_EVENT_F_WRAP_CTR = 15;
+
 // struct virtio_net_hdr_mrg_rxbuf
 export const NET_HDR_NUM_BUFFERS = 10;
 export const NET_HDR_SIZE_LEGACY = 10; // neither VERSION_1 nor MRG_RXBUF
 export const NET_HDR_SIZE = 12;
+export const NET_HDR_FLAGS = 0;
+export const NET_HDR_GSO_TYPE = 1;
+export const NET_HDR_HDR_LEN = 2;
+export const NET_HDR_GSO_SIZE = 4;
+export const NET_HDR_CSUM_START = 6;
+export const NET_HDR_CSUM_OFFSET = 8;
+export const VIRTIO_NET_HDR_F_NEEDS_CSUM = 1;
+export const VIRTIO_NET_HDR_F_DATA_VALID = 2;
+export const VIRTIO_NET_HDR_GSO_NONE = 0;
+export const VIRTIO_NET_HDR_GSO_TCPV4 = 1;
+export const VIRTIO_NET_HDR_GSO_TCPV6 = 4;
+export const VIRTIO_NET_HDR_GSO_ECN = 128;
 
 // Feature bit numbers (not masks: they pass 2^31)
+export const VIRTIO_NET_F_CSUM = 0;
+export const VIRTIO_NET_F_GUEST_CSUM = 1;
 export const VIRTIO_NET_F_MTU = 3;
 export const VIRTIO_NET_F_MAC = 5;
+export const VIRTIO_NET_F_GUEST_TSO4 = 7;
+export const VIRTIO_NET_F_GUEST_TSO6 = 8;
+export const VIRTIO_NET_F_GUEST_ECN = 9;
+export const VIRTIO_NET_F_HOST_TSO4 = 11;
+export const VIRTIO_NET_F_HOST_TSO6 = 12;
+export const VIRTIO_NET_F_HOST_ECN = 13;
 export const VIRTIO_NET_F_MRG_RXBUF = 15;
 export const VIRTIO_NET_F_STATUS = 16;
+export const VIRTIO_NET_F_GUEST_ANNOUNCE = 21;
 export const VIRTIO_NET_F_MQ = 22;
 export const VIRTIO_F_ANY_LAYOUT = 27;
 export const VIRTIO_RING_F_INDIRECT_DESC = 28;
 export const VIRTIO_RING_F_EVENT_IDX = 29;
 export const VHOST_USER_F_PROTOCOL_FEATURES = 30;
 export const VIRTIO_F_VERSION_1 = 32;
+export const VIRTIO_F_RING_PACKED = 34;
+export const VIRTIO_F_IN_ORDER = 35;
+export const VIRTIO_F_RING_RESET = 40;
 
 // struct virtio_net_config: u8 mac[6], le16 status, le16 max_virtqueue_pairs, le16 mtu, then fields that are not served
 export const NET_CONFIG_MAC = 0;
