@@ -102,13 +102,7 @@ class PollerThread {
 
   /** One turn of one lane. @returns how many transmit chains it took */
   #turn(lane: RunningLane): number {
-    let result: number;
-    try {
-      result = lane.core.poll(BUDGET, lane.stuck);
-    } catch (error) {
-      this.#quarantine(lane, error);
-      return 0;
-    }
+    const result = this.#call(lane, poll);
     if (result > POLL_COUNT || lane.waitingSince !== 0) this.#act(lane, result);
     return result & POLL_COUNT;
   }
@@ -139,12 +133,7 @@ class PollerThread {
     let timeoutMs = -1;
     let work = 0;
     for (const lane of this.#lanes) {
-      try {
-        work |= lane.core.arm(lane.stuck);
-      } catch (error) {
-        this.#quarantine(lane, error);
-        continue;
-      }
+      work |= this.#call(lane, arm);
       if (lane.source.kick === undefined || (lane.waitingSince !== 0 && lane.destination.kick === undefined)) {
         timeoutMs = timeoutMs < 0 ? UNKICKED_MS : Math.min(timeoutMs, UNKICKED_MS);
       }
@@ -161,19 +150,18 @@ class PollerThread {
         if (kicked) kicked.kicks[0]!++;
       }
     }
-    for (const lane of this.#lanes) {
-      try {
-        lane.core.disarm();
-      } catch (error) {
-        this.#quarantine(lane, error);
-      }
-    }
+    for (const lane of this.#lanes) this.#call(lane, disarm);
   }
 
-  /** A trap is a bug of ours: that lane stops, the others go on. */
-  #quarantine(lane: RunningLane, error: unknown): void {
-    this.#park(lane.id);
-    this.#post({ type: "trapped", lane: lane.id, reason: String(error) });
+  /** Calls a lane's core. A trap is a bug of ours: that lane stops, the others go on. @returns what the core did, 0 if it trapped */
+  #call(lane: RunningLane, entry: (lane: RunningLane) => number): number {
+    try {
+      return entry(lane);
+    } catch (error) {
+      this.#park(lane.id);
+      this.#post({ type: "trapped", lane: lane.id, reason: String(error) });
+      return 0;
+    }
   }
 
   #handleCommands(): void {
@@ -225,6 +213,11 @@ class PollerThread {
     this.#task.port.postMessage(message);
   }
 }
+
+// What is called of a core
+const poll = (lane: RunningLane): number => lane.core.poll(BUDGET, lane.stuck);
+const arm = (lane: RunningLane): number => lane.core.arm(lane.stuck);
+const disarm = (lane: RunningLane): number => (lane.core.disarm(), 0);
 
 function kickFds(lane: RunningLane): number[] {
   return [lane.source.kick, lane.destination.kick].filter((fd) => fd !== undefined);
