@@ -3,7 +3,12 @@
  *
  * It owns the lanes and is the only one that parks them. Changes to either port are serialised here: park the lanes,
  * apply the change, rewrite memory 0 from what the ports say, run the lanes again. Main thread.
+ *
+ * A lane whose receiveq does not receive, because the other guest has or uses fewer pairs, follows another lane: its
+ * frames go to that one's receiveq. The leader's memory 0 is the one home of that virtqueue's state, whether the leader
+ * itself runs or not; the poller borrows it for each turn of a follower. So a leader and its followers share a poller.
  */
+import { DESTINATION_VRING, SOURCE_VRING, VRING_ENABLED } from "../layout/lane.ts";
 import { RECEIVEQ, TRANSMITQ } from "../layout/virtio.ts";
 import { isGuestPort, type AnyPort, type GuestPort, type RunningVring } from "../ports/port.ts";
 import { Lane } from "./lane.ts";
@@ -14,7 +19,9 @@ export interface PlacedLane {
   id: number;
   pair: number;
   lane: Lane;
+  /** The poller it is on: its leader's own. */
   poller: Poller;
+  ownPoller: Poller;
   source: GuestPort;
   /** Undefined: a sink. */
   destination: GuestPort | undefined;
@@ -24,7 +31,13 @@ export interface PlacedLane {
   trapped: boolean;
   /** The memories the poller has an instance for. */
   memories: LaneTask["memories"];
+  /** The lane whose receiveq takes its frames; undefined: its own does, if any. */
+  leader: PlacedLane | undefined;
+  /** Of a follower that may run: the state of its own receiveq, which is not in memory 0 meanwhile. */
+  displaced: Uint8Array | undefined;
 }
+
+const VRING_BYTES = DESTINATION_VRING - SOURCE_VRING;
 
 export class Link {
   readonly name: string;
@@ -65,10 +78,13 @@ export class Link {
     const running = this.lanes.filter((placed) => placed.running);
     await Promise.all(running.map(({ poller, id }) => poller.park(id)));
     for (const placed of running) placed.running = false;
+    for (const placed of this.lanes) restoreReceiveq(placed);
     try {
       apply();
     } finally {
       this.#placeLanes();
+      for (const placed of this.lanes) writeMemory(placed);
+      this.#chooseLeaders();
       await Promise.all(this.lanes.map((placed) => this.#run(placed)));
     }
   }
@@ -82,43 +98,57 @@ export class Link {
       for (let pair = 0; pair < source.queuePairs; pair++) {
         const used = source.vring(transmitq(pair)) ?? destination?.vring(receiveq(pair));
         if (!used || this.lanes.some((placed) => placed.source === source && placed.pair === pair)) continue;
-        const id = this.#newId();
         const lane = new Lane(`${this.name}/${end === 0 ? "a" : "b"}${pair}`);
         if (!destination) lane.setSink();
+        const poller = this.#pollers.next();
         this.lanes.push({
-          id,
+          id: this.#newId(),
           pair,
           lane,
-          poller: this.#pollers.next(),
+          poller,
+          ownPoller: poller,
           source,
           destination,
           running: false,
           trapped: false,
           memories: undefined,
+          leader: undefined,
+          displaced: undefined,
         });
       }
     }
   }
 
-  /** Brings memory 0 up to date, and has the poller run the lane if there is anything to take frames from. */
-  async #run(placed: PlacedLane): Promise<void> {
-    const { lane, pair, source, destination } = placed;
-    const transmit = source.vring(transmitq(pair));
-    const receive = destination?.vring(receiveq(pair));
-    lane.setVring("source", transmit);
-    lane.setExtents("source", source.memory.extents);
-    if (destination) {
-      lane.setVring("destination", receive);
-      lane.setExtents("destination", destination.memory.extents);
+  /** Lanes whose receiveq does not receive are dealt out to those whose does; if there is none, each keeps its own. */
+  #chooseLeaders(): void {
+    for (const source of this.ports.filter(isGuestPort)) {
+      const lanes = this.lanes.filter((placed) => placed.source === source).toSorted((a, b) => a.pair - b.pair);
+      const leaders = lanes.filter(isReceiving);
+      for (const placed of lanes) {
+        placed.leader = isReceiving(placed) ? undefined : leaders[placed.pair % leaders.length];
+      }
     }
-    if (!transmit || placed.trapped) return;
+  }
+
+  /** Has the poller run the lane if there is anything to take frames from. */
+  async #run(placed: PlacedLane): Promise<void> {
+    const { lane, pair, source, destination, leader } = placed;
+    const transmit = source.vring(transmitq(pair));
+    if (!transmit || lane.isBroken("source") || placed.trapped) return;
+    const { ownPoller, id } = leader ?? placed;
+    if (placed.poller !== ownPoller) {
+      placed.poller = ownPoller;
+      placed.memories = undefined;
+    }
+    if (leader) placed.displaced = receiveqState(lane).slice();
     placed.running = true;
     await placed.poller.run({
       lane: placed.id,
       name: lane.name,
       memories: this.#newMemories(placed),
+      receiveq: { lane: id, memory: leader?.lane.memory.buffer },
       source: fdsOf(transmit),
-      destination: fdsOf(receive),
+      destination: fdsOf(destination?.vring(receiveq(receiver(placed)))),
     });
   }
 
@@ -139,11 +169,41 @@ export class Link {
   }
 }
 
-function receiveq(pair: number): number {
+/** The destination's pair that takes the lane's frames. */
+export function receiver({ pair, leader }: PlacedLane): number {
+  return leader?.pair ?? pair;
+}
+
+/** Brings memory 0 up to date with what the ports say. */
+function writeMemory({ lane, pair, source, destination }: PlacedLane): void {
+  lane.setVring("source", source.vring(transmitq(pair)));
+  lane.setExtents("source", source.memory.extents);
+  if (!destination) return;
+  lane.setVring("destination", destination.vring(receiveq(pair)));
+  lane.setExtents("destination", destination.memory.extents);
+}
+
+function receiveqState(lane: Lane): Uint8Array {
+  return new Uint8Array(lane.memory.buffer, DESTINATION_VRING, VRING_BYTES);
+}
+
+/** The state of the lane's own receiveq is in memory 0 again. */
+function restoreReceiveq(placed: PlacedLane): void {
+  if (placed.displaced) receiveqState(placed.lane).set(placed.displaced);
+  placed.displaced = undefined;
+}
+
+/** Whether the lane's own receiveq takes frames: it is started and enabled, or there is none at all. */
+function isReceiving({ destination, pair }: PlacedLane): boolean {
+  if (!destination) return true;
+  return ((destination.vring(receiveq(pair))?.flags ?? 0) & VRING_ENABLED) !== 0;
+}
+
+export function receiveq(pair: number): number {
   return 2 * pair + RECEIVEQ;
 }
 
-function transmitq(pair: number): number {
+export function transmitq(pair: number): number {
   return 2 * pair + TRANSMITQ;
 }
 

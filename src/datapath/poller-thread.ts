@@ -12,12 +12,14 @@ import { nameThread, pinThread } from "../../native/sched.ts";
 import {
   COUNTERS,
   COUNT_KICKS,
+  DESTINATION_VRING,
   POLL_BROKE_DESTINATION,
   POLL_BROKE_SOURCE,
   POLL_CALL_DESTINATION,
   POLL_CALL_SOURCE,
   POLL_COUNT,
   POLL_WAITING,
+  SOURCE_VRING,
 } from "../layout/lane.ts";
 import { type Core, instantiateCore } from "./core.ts";
 import {
@@ -43,14 +45,25 @@ const GRACE_MS = 0.05;
 interface RunningLane {
   id: number;
   core: Core;
+  /** Its memory 0. */
+  memory: SharedArrayBuffer;
   source: VringFds;
   destination: VringFds;
   kicks: BigUint64Array;
-  /** When it began to wait for receive buffers, 0: it does not. */
+  /** Of a follower: its leader's state of the receiveq, and the place in its own memory 0 where its core wants that. */
+  borrowed: { from: BigUint64Array; to: BigUint64Array } | undefined;
+  patience: Patience;
+}
+
+/** How long a receiveq has had no buffers: the same for all lanes that it takes frames of. */
+interface Patience {
+  /** When a lane began to wait for receive buffers, 0: none does. */
   waitingSince: number;
-  /** 1: it waited too long, frames without buffers are dropped. */
+  /** 1: that was too long ago, frames without buffers are dropped. */
   stuck: number;
 }
+
+const VRING_BYTES = DESTINATION_VRING - SOURCE_VRING;
 
 export default function pollLanes(task: PollerTask): void {
   new PollerThread(task).run();
@@ -61,7 +74,10 @@ class PollerThread {
   readonly #epoll = new Epoll();
   /** All lanes ever run here, parked ones too: a parked lane keeps its instance. */
   readonly #known = new Map<number, RunningLane>();
-  readonly #kickOwners = new Map<number, RunningLane>();
+  /** Who is meant by a kick: a receiveq may take frames of several lanes. */
+  readonly #kickOwners = new Map<number, RunningLane[]>();
+  /** By the lane that has the receiveq's state. */
+  readonly #patience = new Map<number, Patience>();
   #lanes: RunningLane[] = [];
   #handled = 0n;
 
@@ -103,22 +119,26 @@ class PollerThread {
   /** One turn of one lane. @returns how many transmit chains it took */
   #turn(lane: RunningLane): number {
     const result = this.#call(lane, poll);
-    if (result > POLL_COUNT || lane.waitingSince !== 0) this.#act(lane, result);
+    if (result > POLL_COUNT || lane.patience.waitingSince !== 0) this.#act(lane, result);
     return result & POLL_COUNT;
   }
 
   #act(lane: RunningLane, result: number): void {
     if (result & POLL_CALL_SOURCE && lane.source.call !== undefined) signalPeer(lane.source.call);
     if (result & POLL_CALL_DESTINATION && lane.destination.call !== undefined) signalPeer(lane.destination.call);
-    if (result & POLL_BROKE_SOURCE) this.#reportBroken(lane, "source");
     if (result & POLL_BROKE_DESTINATION) this.#reportBroken(lane, "destination");
+    const { patience } = lane;
     if (!(result & POLL_WAITING)) {
-      lane.waitingSince = lane.stuck = 0;
-    } else if (!lane.stuck) {
+      patience.waitingSince = patience.stuck = 0;
+    } else if (!patience.stuck) {
       const now = performance.now();
       // A lane that gets on waits for something new each time.
-      if (lane.waitingSince === 0 || result & POLL_COUNT) lane.waitingSince = now;
-      if (now - lane.waitingSince >= this.#task.stallMs) lane.stuck = 1;
+      if (patience.waitingSince === 0 || result & POLL_COUNT) patience.waitingSince = now;
+      if (now - patience.waitingSince >= this.#task.stallMs) patience.stuck = 1;
+    }
+    if (result & POLL_BROKE_SOURCE) {
+      this.#reportBroken(lane, "source");
+      this.#park(lane.id);
     }
   }
 
@@ -134,11 +154,12 @@ class PollerThread {
     let work = 0;
     for (const lane of this.#lanes) {
       work |= this.#call(lane, arm);
-      if (lane.source.kick === undefined || (lane.waitingSince !== 0 && lane.destination.kick === undefined)) {
+      const { waitingSince, stuck } = lane.patience;
+      if (lane.source.kick === undefined || (waitingSince !== 0 && lane.destination.kick === undefined)) {
         timeoutMs = timeoutMs < 0 ? UNKICKED_MS : Math.min(timeoutMs, UNKICKED_MS);
       }
-      if (lane.waitingSince !== 0 && !lane.stuck) {
-        const left = Math.max(0, Math.ceil(lane.waitingSince + this.#task.stallMs - performance.now()));
+      if (waitingSince !== 0 && !stuck) {
+        const left = Math.max(0, Math.ceil(waitingSince + this.#task.stallMs - performance.now()));
         timeoutMs = timeoutMs < 0 ? left : Math.min(timeoutMs, left);
       }
     }
@@ -146,21 +167,27 @@ class PollerThread {
       this.#task.control[CONTROL_SLEEPS]!++;
       const ready = this.#epoll.wait(timeoutMs);
       for (let i = 0; i < ready; i++) {
-        const kicked = this.#kickOwners.get(this.#epoll.ready(i));
+        const kicked = this.#kickOwners.get(this.#epoll.ready(i))?.[0];
         if (kicked) kicked.kicks[0]!++;
       }
     }
     for (const lane of this.#lanes) this.#call(lane, disarm);
+    // Lanes that share a receiveq take turns at being the first to see its new buffers.
+    if (this.#lanes.length > 1) this.#lanes.push(this.#lanes.shift() as RunningLane);
   }
 
   /** Calls a lane's core. A trap is a bug of ours: that lane stops, the others go on. @returns what the core did, 0 if it trapped */
   #call(lane: RunningLane, entry: (lane: RunningLane) => number): number {
+    const { borrowed } = lane;
+    if (borrowed !== undefined) borrowed.to.set(borrowed.from);
     try {
       return entry(lane);
     } catch (error) {
       this.#park(lane.id);
       this.#post({ type: "trapped", lane: lane.id, reason: String(error) });
       return 0;
+    } finally {
+      if (borrowed !== undefined) borrowed.from.set(borrowed.to);
     }
   }
 
@@ -174,27 +201,35 @@ class PollerThread {
     }
   }
 
-  #run({ lane: id, memories, source, destination }: LaneTask): void {
+  #run({ lane: id, memories, receiveq, source, destination }: LaneTask): void {
     this.#park(id);
-    const known = this.#known.get(id);
-    const lane: RunningLane = memories
+    const known = memories
       ? {
           id,
           core: instantiateCore(memories.own, memories.source, memories.destination),
+          memory: memories.own.buffer as SharedArrayBuffer,
           kicks: new BigUint64Array(memories.own.buffer, COUNTERS + COUNT_KICKS, 1),
-          source,
-          destination,
-          waitingSince: 0,
-          stuck: 0,
         }
-      : { ...(known as RunningLane), source, destination };
-    lane.core.refresh();
+      : (this.#known.get(id) as RunningLane);
+    const lane: RunningLane = {
+      ...known,
+      source,
+      destination,
+      borrowed: receiveq.memory && { from: receiveqState(receiveq.memory), to: receiveqState(known.memory) },
+      patience: this.#patience.get(receiveq.lane) ?? { waitingSince: 0, stuck: 0 },
+    };
+    this.#patience.set(receiveq.lane, lane.patience);
     this.#known.set(id, lane);
     this.#lanes.push(lane);
     for (const fd of kickFds(lane)) {
-      this.#epoll.add(fd);
-      this.#kickOwners.set(fd, lane);
+      const owners = this.#kickOwners.get(fd);
+      if (owners) owners.push(lane);
+      else {
+        this.#epoll.add(fd);
+        this.#kickOwners.set(fd, [lane]);
+      }
     }
+    this.#call(lane, refresh);
     // A call that was due when the ring changed hands may never have been made; one too many does no harm.
     for (const { call } of [source, destination]) if (call !== undefined) signalPeer(call);
   }
@@ -204,8 +239,12 @@ class PollerThread {
     if (!lane) return;
     this.#lanes = this.#lanes.filter((other) => other !== lane);
     for (const fd of kickFds(lane)) {
-      this.#epoll.remove(fd);
-      this.#kickOwners.delete(fd);
+      const others = (this.#kickOwners.get(fd) as RunningLane[]).filter((other) => other !== lane);
+      if (others.length > 0) this.#kickOwners.set(fd, others);
+      else {
+        this.#epoll.remove(fd);
+        this.#kickOwners.delete(fd);
+      }
     }
   }
 
@@ -215,9 +254,14 @@ class PollerThread {
 }
 
 // What is called of a core
-const poll = (lane: RunningLane): number => lane.core.poll(BUDGET, lane.stuck);
-const arm = (lane: RunningLane): number => lane.core.arm(lane.stuck);
+const poll = (lane: RunningLane): number => lane.core.poll(BUDGET, lane.patience.stuck);
+const arm = (lane: RunningLane): number => lane.core.arm(lane.patience.stuck);
 const disarm = (lane: RunningLane): number => (lane.core.disarm(), 0);
+const refresh = (lane: RunningLane): number => (lane.core.refresh(), 0);
+
+function receiveqState(memory: SharedArrayBuffer): BigUint64Array {
+  return new BigUint64Array(memory, DESTINATION_VRING, VRING_BYTES / 8);
+}
 
 function kickFds(lane: RunningLane): number[] {
   return [lane.source.kick, lane.destination.kick].filter((fd) => fd !== undefined);

@@ -31,6 +31,8 @@ export interface LaneTask {
   memories:
     | { own: WebAssembly.Memory; source: readonly WebAssembly.Memory[]; destination: readonly WebAssembly.Memory[] }
     | undefined;
+  /** Where the destination's virtqueue has its state: the lane, and its memory 0 if it is another one. */
+  receiveq: { lane: number; memory: SharedArrayBuffer | undefined };
   source: VringFds;
   destination: VringFds;
 }

@@ -8,7 +8,7 @@ import { VhostUserPort } from "../ports/vhost-user.ts";
 import type { SocketAddress } from "../vhost-user/endpoint.ts";
 import type { ServerEvent } from "../vhost-user/server.ts";
 import type { LaneCounters } from "./lane.ts";
-import { Link, type PlacedLane } from "./link.ts";
+import { Link, receiver, receiveq, transmitq, type PlacedLane } from "./link.ts";
 import { Pollers, type PollMode, type PollerEvent } from "./poller.ts";
 
 const STALL_MS_MAX = 3_600_000;
@@ -152,14 +152,13 @@ export class Relay implements AsyncDisposable {
   #observe(message: PollerEvent): void {
     const placed = this.#links.flatMap((link) => link.lanes).find(({ id }) => id === message.lane);
     if (!placed) return;
-    const { lane, pair, source, destination } = placed;
+    const { lane, source, destination } = placed;
     if (message.type === "trapped") {
       placed.trapped = true;
-      placed.running = false;
       this.#onEvent({ type: "trapped", lane: lane.name, reason: message.reason });
     } else {
       const port = message.end === "source" ? source : destination;
-      const virtqueue = 2 * pair + (message.end === "source" ? 1 : 0);
+      const virtqueue = message.end === "source" ? transmitq(placed.pair) : receiveq(receiver(placed));
       this.#onEvent({ type: "broken", lane: lane.name, port: port?.spec ?? "", virtqueue });
     }
   }
@@ -197,5 +196,5 @@ function portState(port: AnyPort): PortState {
 function snapshot(link: Link, { lane, pair, source, destination, running, trapped }: PlacedLane): LaneSnapshot {
   const passive = link.ports.find((port) => port !== source);
   const to = destination === source ? `${source.spec} (loopback)` : (destination?.spec ?? passive?.spec ?? "");
-  return { name: lane.name, pair, from: source.spec, to, running, trapped, ...lane.counters };
+  return { name: lane.name, pair, from: source.spec, to, running: running && !trapped, trapped, ...lane.counters };
 }

@@ -68,7 +68,14 @@ it("a poller that has ended runs no lane, and says so; parked they are all", asy
   await poller.park(0);
   await pollers.close();
   const nothing = { kick: undefined, call: undefined, err: undefined };
-  const task = { lane: 0, name: "lane", memories: undefined, source: nothing, destination: nothing };
+  const task = {
+    lane: 0,
+    name: "lane",
+    memories: undefined,
+    receiveq: { lane: 0, memory: undefined },
+    source: nothing,
+    destination: nothing,
+  };
   await expect(poller.run(task)).rejects.toThrow(/ended/);
   await poller.park(0);
 });
