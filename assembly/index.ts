@@ -7,7 +7,6 @@
  * with length 0, or a broken ring. Each ring index, head, descriptor and header byte is loaded from guest memory once
  * into a local, checked there and used from there. Every loop over guest data is bounded by the ring size.
  */
-import { stopWaiting } from "./lane/buffers";
 import { awaitKicks, carryFrames, ignoreKicks } from "./lane/copy";
 import { forgetExtents } from "./translate";
 
@@ -33,5 +32,4 @@ export function disarm(): void {
 /** The control plane has changed rings or extents in memory 0. */
 export function refresh(): void {
   forgetExtents();
-  stopWaiting();
 }

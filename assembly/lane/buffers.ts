@@ -1,5 +1,5 @@
 /**
- * Receive buffers for one frame: taken from the destination's avail ring, collected until the frame fits, or left where they
+ * Receive buffers for one frame: taken from the destination's ring, collected until the frame fits, or left where they
  * are.
  */
 import {
@@ -9,75 +9,110 @@ import {
   DESTINATION_VRING,
   MERGED_BYTES,
   MERGED_CHAINS,
-  MERGED_HEAD,
+  MERGED_ID,
+  MERGED_SLOTS,
   MERGED_WRITTEN,
   VRING_FLAGS,
+  VRING_LIMIT,
   VRING_MERGEABLE,
   VRING_SIZE,
+  VRING_WAITING,
 } from "../../src/layout/lane.ts";
-import { WALK_MAX, chainBytes, loadDescAddress, loadDescRest, piecesEnd, walk, walked } from "../chain";
-import { Destination } from "../guest";
-import { giveUsed, loadAvailIndex, loadHead, nextAvail, setNextAvail } from "../split";
+import {
+  CHAIN_BROKEN,
+  CHAIN_NONE,
+  CHAIN_READY,
+  WALK_MAX,
+  chainBytes,
+  chainId,
+  chainSlots,
+  openedAddress,
+  openedId,
+  openedRest,
+  piecesEnd,
+  walked,
+} from "../chain";
+import { Destination, Source } from "../guest";
+import { behind, fits, give, open, publish, walk } from "../ring";
+import { loadAvailIndex } from "../split";
 import { count } from "../stats";
+import { isPacked, nextAvail, setNextAvail } from "../vring";
 
 export const BUFFERS_READY: u32 = 0;
 /** Too few are available now. */
 export const BUFFERS_NONE: u32 = 1;
 /** Those that there are, or ever can be, do not hold the frame. */
 export const BUFFERS_TOO_SMALL: u32 = 2;
-/** The avail ring makes no sense. */
-const BUFFERS_BROKEN: u32 = 3;
+/** The ring makes no sense. */
+export const BUFFERS_BROKEN: u32 = 3;
 
-export const NOT_WAITING: u32 = 0x1_0000;
-/** The avail index up to which there were too few buffers: there is no point in looking before it moves. */
-export let waitingAt: u32 = NOT_WAITING;
+const WAITING: u32 = 0x1_0000;
 
-/** The avail index as last loaded: chains before it may be taken. */
-export let availLimit: u32 = 0;
+/** Behind the last merged chain; how many slots of the ring they take. */
 let mergedEnd: usize = 0;
+let mergedSlots: u32 = 0;
+
+/** Whether the lane waits for buffers: there is no point in looking before a chain is available at waitingAt(). */
+export function isWaiting(): bool {
+  return load<u32>(DESTINATION_VRING, VRING_WAITING) != 0;
+}
+
+export function waitingAt(): u32 {
+  return load<u32>(DESTINATION_VRING, VRING_WAITING) & 0xffff;
+}
+
+/** Remembers that the chains before `position` were not enough. */
+function waitForBuffers(position: u32): void {
+  if (!isWaiting()) count(COUNT_WAITS);
+  store<u32>(DESTINATION_VRING, WAITING | position, VRING_WAITING);
+}
+
+/** There were enough, or nothing waits any more. */
+export function stopWaiting(): void {
+  store<u32>(DESTINATION_VRING, 0, VRING_WAITING);
+}
 
 /** At the start of a poll: what was loaded before is old. */
 export function beginBuffers(): void {
-  availLimit = nextAvail<Destination>();
-}
-
-/** Remembers that the chains before avail index `next` were not enough. */
-export function waitForBuffers(next: u32): void {
-  if (waitingAt == NOT_WAITING) count(COUNT_WAITS);
-  waitingAt = next;
-}
-
-/** There were enough, or the ring has changed. */
-export function stopWaiting(): void {
-  waitingAt = NOT_WAITING;
-}
-
-/** Whether a chain is available at avail index `next`; those from nextAvail() up to it are taken by the same frame. */
-export function peekBuffer(next: u32): u32 {
-  if (next != availLimit) return BUFFERS_READY;
-  availLimit = loadAvailIndex<Destination>();
-  // Counted from the chains already taken: an index that runs backwards meanwhile is no index either.
-  const taken = (next - nextAvail<Destination>()) & 0xffff;
-  if (((availLimit - next) & 0xffff) + taken > load<u32>(DESTINATION_VRING, VRING_SIZE)) {
-    availLimit = next; // nothing may be taken
-    return BUFFERS_BROKEN;
-  }
-  return next == availLimit ? BUFFERS_NONE : BUFFERS_READY;
+  store<u32>(DESTINATION_VRING, nextAvail<Destination>(), VRING_LIMIT);
 }
 
 /**
- * Takes receive chains until they hold `needed` bytes, beginning with the one at avail index `next` whose head and first
- * descriptor have been loaded. A malformed chain is returned with length 0, and so are those taken for this frame
- * before it: the entries of one frame must be neighbours in the used ring.
+ * Whether a chain of the split receiveq is available at avail index `next`; those from nextAvail() up to it are taken by
+ * the same frame. @returns CHAIN_READY, _NONE, _BROKEN
+ */
+export function peekBuffer(next: u32): u32 {
+  if (next != load<u32>(DESTINATION_VRING, VRING_LIMIT)) return CHAIN_READY;
+  const limit = loadAvailIndex<Destination>();
+  // Counted from the chains already taken: an index that runs backwards meanwhile is no index either.
+  const taken = (next - nextAvail<Destination>()) & 0xffff;
+  if (((limit - next) & 0xffff) + taken > load<u32>(DESTINATION_VRING, VRING_SIZE)) return CHAIN_BROKEN;
+  store<u32>(DESTINATION_VRING, limit, VRING_LIMIT);
+  return next == limit ? CHAIN_NONE : CHAIN_READY;
+}
+
+/** Opens the receive chain at a position, if there is one. @returns CHAIN_READY, _NONE (the lane waits then), _BROKEN */
+export function openBuffer(position: u32): u32 {
+  let found: u32 = isPacked<Destination>() ? CHAIN_READY : peekBuffer(position);
+  if (found == CHAIN_READY) found = open<Destination>(position);
+  if (found == CHAIN_NONE) waitForBuffers(position);
+  return found;
+}
+
+/**
+ * Takes receive chains until they hold `needed` bytes, beginning with the one at `position` that has been
+ * opened. A malformed chain is returned with length 0, and so are those taken for this frame before it: the chains of one
+ * frame must be neighbours in the used ring.
  * @returns BUFFERS_*; if READY, the chains are consumed and their pieces in DESTINATION_PIECES, else none is consumed
  */
-export function collectBuffers(needed: u32, next: u32, head: u32, address: u64, rest: u64): u32 {
+export function collectBuffers(needed: u32, position: u32, id: u32, address: u64, rest: u64): u32 {
   const size = load<u32>(DESTINATION_VRING, VRING_SIZE);
   const mergeable = load<u32>(DESTINATION_VRING, VRING_FLAGS) & VRING_MERGEABLE;
   const walkedBefore = walked;
   let got: u64 = 0;
   let pieces: usize = DESTINATION_PIECES;
   mergedEnd = MERGED_CHAINS;
+  mergedSlots = 0;
 
   for (let chains: u32 = 0; chains < size; ++chains) {
     if (chains != 0) {
@@ -85,38 +120,42 @@ export function collectBuffers(needed: u32, next: u32, head: u32, address: u64, 
         if (mergedCount()) return BUFFERS_TOO_SMALL;
         break;
       }
-      const found = peekBuffer(next);
-      if (found == BUFFERS_BROKEN) return found;
-      if (found == BUFFERS_NONE) break;
-      head = loadHead<Destination>(next);
-      if (head >= size) return BUFFERS_BROKEN;
-      address = loadDescAddress<Destination>(head);
-      rest = loadDescRest<Destination>(head);
+      if (mergedSlots == size) return BUFFERS_TOO_SMALL;
+      const found = openBuffer(position);
+      if (found != CHAIN_READY) return found == CHAIN_NONE ? BUFFERS_NONE : BUFFERS_BROKEN;
+      id = openedId;
+      address = openedAddress;
+      rest = openedRest;
     }
-    next = (next + 1) & 0xffff;
-    if (!walk<Destination>(address, rest, pieces, needed - got) || chainBytes == 0 || chainBytes > u32.MAX_VALUE) {
-      returnUnused(head);
-      setNextAvail<Destination>(next);
+    const found = walk<Destination>(position, id, address, rest, pieces, needed - got);
+    if (found == CHAIN_BROKEN || mergedSlots + chainSlots > size) return BUFFERS_BROKEN;
+    position = behind<Destination>(position, chainSlots);
+    if (found != CHAIN_READY || chainBytes == 0 || chainBytes > u32.MAX_VALUE) {
+      returnUnused();
+      setNextAvail<Destination>(position);
       got = 0;
       pieces = DESTINATION_PIECES;
       mergedEnd = MERGED_CHAINS;
+      mergedSlots = 0;
       continue;
     }
     if (!mergeable && chainBytes < needed) return BUFFERS_TOO_SMALL;
     const written = min(chainBytes, needed - got);
-    store<u32>(mergedEnd, head, MERGED_HEAD);
+    store<u16>(mergedEnd, <u16>chainId, MERGED_ID);
+    store<u16>(mergedEnd, <u16>chainSlots, MERGED_SLOTS);
     store<u32>(mergedEnd, <u32>written, MERGED_WRITTEN);
     mergedEnd += MERGED_BYTES;
+    mergedSlots += chainSlots;
     got += written;
     pieces = piecesEnd;
     if (got == needed) {
-      setNextAvail<Destination>(next);
+      setNextAvail<Destination>(position);
       stopWaiting();
       return BUFFERS_READY;
     }
   }
-  if (mergedCount() == size) return BUFFERS_TOO_SMALL;
-  waitForBuffers(next);
+  if (mergedSlots == size) return BUFFERS_TOO_SMALL;
+  waitForBuffers(position);
   return BUFFERS_NONE;
 }
 
@@ -125,18 +164,29 @@ export function mergedCount(): u32 {
   return <u32>(mergedEnd - MERGED_CHAINS) / MERGED_BYTES;
 }
 
-/** Gives the collected chains to the driver, filled. */
+/** Gives the collected chains to the driver, filled; it will see all of them at once. */
 export function giveMerged(): void {
+  makeRoom(mergedSlots);
   for (let chain: usize = MERGED_CHAINS; chain < mergedEnd; chain += MERGED_BYTES) {
-    giveUsed<Destination>(load<u32>(chain, MERGED_HEAD), load<u32>(chain, MERGED_WRITTEN));
+    give<Destination>(load<u16>(chain, MERGED_ID), load<u32>(chain, MERGED_WRITTEN), load<u16>(chain, MERGED_SLOTS));
   }
 }
 
-/** Gives back a malformed receive chain and those already taken for the same frame, all with length 0. */
-function returnUnused(head: u32): void {
+/** Gives back the malformed receive chain walked last and those already taken for the same frame, all with length 0. */
+function returnUnused(): void {
   for (let chain: usize = MERGED_CHAINS; chain < mergedEnd; chain += MERGED_BYTES) {
-    giveUsed<Destination>(load<u32>(chain, MERGED_HEAD), 0);
+    const slots = load<u16>(chain, MERGED_SLOTS);
+    makeRoom(slots);
+    give<Destination>(load<u16>(chain, MERGED_ID), 0, slots);
   }
-  giveUsed<Destination>(head, 0);
+  makeRoom(chainSlots);
+  give<Destination>(chainId, 0, chainSlots);
   count(COUNT_MALFORMED);
+}
+
+/** Before more slots than fit the batch are given back: publishes it, the source first, for no frame may be sent twice. */
+function makeRoom(slots: u32): void {
+  if (fits<Destination>(slots)) return;
+  publish<Source>();
+  publish<Destination>();
 }

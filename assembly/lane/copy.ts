@@ -38,51 +38,58 @@ import {
   VRING_SINK,
   VRING_SIZE,
 } from "../../src/layout/lane.ts";
-import { WALK_MAX, chainBytes, loadDescAddress, loadDescRest, walk, walked } from "../chain";
+import {
+  CHAIN_BROKEN,
+  CHAIN_NONE,
+  CHAIN_READY,
+  CHAIN_REFUSED,
+  WALK_MAX,
+  chainBytes,
+  chainId,
+  chainSlots,
+  openedAddress,
+  openedId,
+  openedRest,
+  walked,
+} from "../chain";
 import { Destination, Source } from "../guest";
 import { asksForOffload, storeHeaderPieces } from "../net-header";
 import { isCallDue, isCallUndecided, requestKick, suppressKicks } from "../notify";
-import {
-  breakRing,
-  giveUsed,
-  isRunning,
-  loadAvailIndex,
-  loadHead,
-  nextAvail,
-  publishUsed,
-  setNextAvail,
-} from "../split";
+import { behind, fits, give, isOffered, isRunning, open, publish, walk } from "../ring";
+import { loadAvailIndex } from "../split";
 import { count } from "../stats";
+import { breakRing, isPacked, nextAvail, setNextAvail } from "../vring";
 import {
   BUFFERS_NONE,
   BUFFERS_READY,
   BUFFERS_TOO_SMALL,
-  NOT_WAITING,
   beginBuffers,
   collectBuffers,
   giveMerged,
+  isWaiting,
   mergedCount,
-  peekBuffer,
+  openBuffer,
   stopWaiting,
-  waitForBuffers,
   waitingAt,
 } from "./buffers";
 import { copyPieces } from "./pieces";
 import {
-  LOADED_BUFFER,
-  LOADED_BUFFER_HEAD,
-  LOADED_CHAIN,
-  LOADED_HEAD,
-  LOADED_OFFLOAD,
+  LEFT_BAD_BUFFER,
+  LEFT_BAD_HEAD,
+  LEFT_BUFFER,
+  LEFT_CHAIN,
+  LEFT_END,
+  LEFT_OFFLOAD,
   carryRun,
-  loaded,
-  loadedAddress,
-  loadedBufferAddress,
-  loadedBufferHead,
-  loadedBufferRest,
-  loadedHead,
-  loadedRest,
+  left,
+  leftAddress,
+  leftBufferAddress,
+  leftBufferId,
+  leftBufferRest,
+  leftId,
+  leftRest,
   runBytes,
+  runEnd,
   skipRun,
 } from "./run";
 
@@ -90,12 +97,17 @@ import {
 const DELIVERED: u32 = 0;
 const DROPPED: u32 = 1;
 const NO_BUFFERS: u32 = 2;
+const NO_CHAIN: u32 = 3;
+const BROKEN: u32 = 4;
 
 /** Whether the destination takes frames; settled anew by each poll. */
 let receiving: bool = false;
 let brokeDestination: bool = false;
 /** Of the frame delivered last. */
 let frameBytes: u64 = 0;
+/** Of the transmit chain carried last: what to give back. */
+let frameId: u32 = 0;
+let frameSlots: u32 = 0;
 
 /**
  * Carries up to `budget` frames.
@@ -105,42 +117,43 @@ let frameBytes: u64 = 0;
 export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
   if (!isRunning<Source>()) return 0;
   receiving = isReceiving();
-  if (waitingAt != NOT_WAITING && !dropWhenStuck && receiving) {
-    if (loadAvailIndex<Destination>() == waitingAt) return POLL_WAITING;
-  }
+  if (isWaiting() && !dropWhenStuck && receiving && !isOffered<Destination>(waitingAt())) return POLL_WAITING;
 
-  const size = load<u32>(SOURCE_VRING, VRING_SIZE);
-  const first = nextAvail<Source>();
-  const pending = (loadAvailIndex<Source>() - first) & 0xffff;
-  if (pending == 0) return waitingAt != NOT_WAITING ? POLL_WAITING : 0;
-  if (pending > size) {
-    breakRing<Source>();
-    return POLL_BROKE_SOURCE;
+  let position = nextAvail<Source>();
+  let limit = budget;
+  if (!isPacked<Source>()) {
+    const pending = (loadAvailIndex<Source>() - position) & 0xffff;
+    if (pending == 0) return isWaiting() ? POLL_WAITING : 0;
+    if (pending > load<u32>(SOURCE_VRING, VRING_SIZE)) {
+      breakRing<Source>();
+      return POLL_BROKE_SOURCE;
+    }
+    limit = min(pending, budget);
   }
 
   let result: u32 = 0;
   if (receiving) beginBuffers();
-  const limit = min(pending, budget);
   const walkedBefore = walked;
   let taken: u32 = 0;
   let delivered: u64 = 0;
   let bytes: u64 = 0;
   const enabled = (load<u32>(SOURCE_VRING, VRING_FLAGS) & VRING_ENABLED) != 0;
   for (; taken < limit && walked - walkedBefore <= WALK_MAX; ++taken) {
-    if (enabled && receiving && peekBuffer(nextAvail<Destination>()) == BUFFERS_READY) {
-      const run = carryRun(first + taken, limit - taken);
+    if (enabled && receiving) {
+      const run = carryRun(position, limit - taken);
       delivered += run;
       bytes += runBytes;
       taken += run;
+      position = runEnd;
       if (taken == limit) break;
     } else skipRun();
-    const head = loaded >= LOADED_HEAD ? loadedHead : loadHead<Source>(first + taken);
-    if (head >= size) {
+    let outcome = carryFrame(position, enabled);
+    if (outcome == NO_CHAIN) break;
+    if (outcome == BROKEN) {
       breakRing<Source>();
       result |= POLL_BROKE_SOURCE;
       break;
     }
-    let outcome = enabled ? carryFrame(head) : drop(COUNT_DROP_DISABLED);
     if (outcome == DROPPED) stopWaiting(); // whatever it waited for
     if (outcome == NO_BUFFERS) {
       if (!dropWhenStuck || delivered) break;
@@ -151,18 +164,20 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
       ++delivered;
       bytes += frameBytes;
     }
-    giveUsed<Source>(head, 0);
+    if (!fits<Source>(frameSlots)) publish<Source>();
+    give<Source>(frameId, 0, frameSlots);
+    position = behind<Source>(position, frameSlots);
   }
 
-  setNextAvail<Source>(first + taken);
-  if (taken) publishUsed<Source>();
+  setNextAvail<Source>(position);
+  publish<Source>();
   if (delivered) {
     count(COUNT_PACKETS, delivered);
     count(COUNT_BYTES, bytes);
     count(COUNT_BATCHES);
   }
   // Where buffers came back the wait begins anew: this poll does not count towards it.
-  if (waitingAt != NOT_WAITING && !(dropWhenStuck && delivered)) result |= POLL_WAITING;
+  if (isWaiting() && !(dropWhenStuck && delivered)) result |= POLL_WAITING;
   return result | taken | finishDestination() | decideCall<Source>(COUNT_CALLS_SOURCE, POLL_CALL_SOURCE);
 }
 
@@ -173,12 +188,12 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
  */
 export function awaitKicks(dropWhenStuck: bool): bool {
   if (!isRunning<Source>()) return false;
-  if (waitingAt != NOT_WAITING && !dropWhenStuck && isReceiving()) {
-    requestKick<Destination>(waitingAt);
-    return loadAvailIndex<Destination>() != waitingAt;
+  if (isWaiting() && !dropWhenStuck && isReceiving()) {
+    requestKick<Destination>(waitingAt());
+    return isOffered<Destination>(waitingAt());
   }
   requestKick<Source>(nextAvail<Source>());
-  return loadAvailIndex<Source>() != nextAvail<Source>();
+  return isOffered<Source>(nextAvail<Source>());
 }
 
 /** Polling again: kicks are pointless. */
@@ -187,34 +202,61 @@ export function ignoreKicks(): void {
   if (isRunning<Destination>()) suppressKicks<Destination>();
 }
 
-/** Carries the frame of one transmit chain. @returns DELIVERED, DROPPED (counted), or NO_BUFFERS (nothing was changed) */
-function carryFrame(head: u32): u32 {
+/**
+ * Carries the frame of the transmit chain at a position.
+ * @returns DELIVERED, DROPPED (counted): frameId and frameSlots are to be given back; NO_BUFFERS, NO_CHAIN, BROKEN: nothing was changed
+ */
+function carryFrame(position: u32, enabled: bool): u32 {
+  if (left == LEFT_END) return NO_CHAIN;
+  if (left == LEFT_BAD_HEAD) return BROKEN;
+  if (left < LEFT_CHAIN) {
+    const opened = open<Source>(position);
+    if (opened != CHAIN_READY) return opened == CHAIN_NONE ? NO_CHAIN : BROKEN;
+  }
+  const id = left < LEFT_CHAIN ? openedId : leftId;
+  const address = left < LEFT_CHAIN ? openedAddress : leftAddress;
+  const rest = left < LEFT_CHAIN ? openedRest : leftRest;
   const headerBytes = load<u32>(SOURCE_VRING, VRING_HEADER_SIZE);
   const bytesMax: u64 = headerBytes + FRAME_BYTES_MAX;
-  const address = loaded >= LOADED_CHAIN ? loadedAddress : loadDescAddress<Source>(head);
-  const rest = loaded >= LOADED_CHAIN ? loadedRest : loadDescRest<Source>(head);
-  if (!walk<Source>(address, rest, SOURCE_PIECES, bytesMax)) return drop(COUNT_DROP_MALFORMED);
+  if (!enabled && !isPacked<Source>()) {
+    // Where a split chain ends does not matter to whoever only gives it back.
+    frameId = id;
+    frameSlots = 1;
+    return drop(COUNT_DROP_DISABLED);
+  }
+  const found = walk<Source>(position, id, address, rest, SOURCE_PIECES, bytesMax);
+  if (found == CHAIN_BROKEN) return BROKEN;
+  frameId = chainId;
+  frameSlots = chainSlots;
+  if (!enabled) return drop(COUNT_DROP_DISABLED);
+  if (found == CHAIN_REFUSED) return drop(COUNT_DROP_MALFORMED);
   if (chainBytes < headerBytes + FRAME_BYTES_MIN || chainBytes > bytesMax) return drop(COUNT_DROP_BAD_FRAME);
-  if (loaded == LOADED_OFFLOAD || asksForOffload(SOURCE_PIECES)) return drop(COUNT_DROP_BAD_FRAME);
+  if (left == LEFT_OFFLOAD || asksForOffload(SOURCE_PIECES)) return drop(COUNT_DROP_BAD_FRAME);
   frameBytes = chainBytes - headerBytes;
   if (!receiving) {
     if (load<u32>(DESTINATION_VRING, VRING_FLAGS) & VRING_SINK) return DELIVERED;
     return drop(COUNT_DROP_NO_RECEIVER);
   }
+  return deliver(headerBytes);
+}
 
+/** Copies the frame in SOURCE_PIECES, past its header of `fromHeader` bytes, into receive chains. */
+function deliver(fromHeader: u32): u32 {
   const next = nextAvail<Destination>();
-  const found = peekBuffer(next);
-  if (found != BUFFERS_READY) return found == BUFFERS_NONE ? waitFor(next) : breakDestination();
-  const buffer = loaded >= LOADED_BUFFER_HEAD ? loadedBufferHead : loadHead<Destination>(next);
-  if (buffer >= load<u32>(DESTINATION_VRING, VRING_SIZE)) return breakDestination();
-  const bufferAddress = loaded >= LOADED_BUFFER ? loadedBufferAddress : loadDescAddress<Destination>(buffer);
-  const bufferRest = loaded >= LOADED_BUFFER ? loadedBufferRest : loadDescRest<Destination>(buffer);
-  const toHeaderBytes = load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE);
-  const needed = toHeaderBytes + <u32>frameBytes;
-  const collected = collectBuffers(needed, next, buffer, bufferAddress, bufferRest);
+  const toHeader = load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE);
+  const needed = toHeader + <u32>frameBytes;
+  if (left == LEFT_BAD_BUFFER) return breakDestination();
+  let collected: u32;
+  if (left >= LEFT_BUFFER) {
+    collected = collectBuffers(needed, next, leftBufferId, leftBufferAddress, leftBufferRest);
+  } else {
+    const found = openBuffer(next);
+    if (found != CHAIN_READY) return found == CHAIN_NONE ? NO_BUFFERS : breakDestination();
+    collected = collectBuffers(needed, next, openedId, openedAddress, openedRest);
+  }
   if (collected == BUFFERS_READY) {
-    storeHeaderPieces(DESTINATION_PIECES, toHeaderBytes, mergedCount());
-    copyPieces(toHeaderBytes, headerBytes, <u32>frameBytes);
+    storeHeaderPieces(DESTINATION_PIECES, toHeader, mergedCount());
+    copyPieces(toHeader, fromHeader, <u32>frameBytes);
     giveMerged();
     return DELIVERED;
   }
@@ -225,11 +267,6 @@ function carryFrame(head: u32): u32 {
 function drop(reason: usize): u32 {
   count(reason);
   return DROPPED;
-}
-
-function waitFor(next: u32): u32 {
-  waitForBuffers(next);
-  return NO_BUFFERS;
 }
 
 function breakDestination(): u32 {
@@ -252,7 +289,7 @@ function finishDestination(): u32 {
     brokeDestination = false;
     result = POLL_BROKE_DESTINATION;
   } else if (!isRunning<Destination>()) return 0;
-  if (isCallUndecided<Destination>()) publishUsed<Destination>();
+  publish<Destination>();
   return result | decideCall<Destination>(COUNT_CALLS_DESTINATION, POLL_CALL_DESTINATION);
 }
 

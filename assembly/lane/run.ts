@@ -1,6 +1,6 @@
 /**
  * The usual frames, with everything in locals: a run of frames in one transmit descriptor each, each into one receive
- * descriptor that holds it, all inside the extents found last.
+ * descriptor that holds it, all inside the extents found last. One function, compiled for each pair of ring formats.
  *
  * The run ends before the first frame that is anything else, broken rules included, and leaves behind what it has loaded
  * of that frame: no word is read from guest memory twice.
@@ -21,8 +21,12 @@ import {
   VRING_DESC,
   VRING_DESC_SEGMENT,
   VRING_HEADER_SIZE,
+  VRING_HELD_FLAGS,
+  VRING_LIMIT,
   VRING_NEXT_USED,
+  VRING_PUBLISHED,
   VRING_SIZE,
+  VRING_UNDECIDED,
   VRING_USED,
   VRING_USED_SEGMENT,
 } from "../../src/layout/lane.ts";
@@ -31,49 +35,75 @@ import {
   AVAIL_RING,
   DESC_LEN,
   DESC_SIZE,
+  PACKED_DESC_ID,
+  PACKED_DESC_LEN,
   USED_ENTRY_SIZE,
   USED_RING,
   VRING_DESC_F_INDIRECT,
   VRING_DESC_F_NEXT,
   VRING_DESC_F_WRITE,
 } from "../../src/layout/virtio.ts";
-import { Destination, Source, copy, end, load16, load64, store64 } from "../guest";
+import { CHAIN_READY } from "../chain";
+import { Destination, Source, atomicLoad64, copy, end, load16, load64, store16, store32, store64 } from "../guest";
 import { isOffloadHeader, storeHeader } from "../net-header";
-import { nextAvail, setNextAvail } from "../split";
-import { availLimit, stopWaiting } from "./buffers";
+import { OWNER, availableIn, batchRoom, usedIn } from "../packed";
+import { isPacked, nextAvail, setNextAvail, vringOf } from "../vring";
+import { peekBuffer, stopWaiting } from "./buffers";
 
 const LINKS: u32 = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT;
 
-// What the run has loaded of the frame it ended before; each includes those above it
-const LOADED_NOTHING: u32 = 0;
-export const LOADED_HEAD: u32 = 1;
-export const LOADED_CHAIN: u32 = 2; // the first descriptor
-export const LOADED_BUFFER_HEAD: u32 = 3;
-export const LOADED_BUFFER: u32 = 4; // the receive chain's first descriptor
-export const LOADED_OFFLOAD: u32 = 5; // the header, and it asks for an offload
-export let loaded: u32 = LOADED_NOTHING;
-export let loadedHead: u32 = 0;
-export let loadedAddress: u64 = 0;
-export let loadedRest: u64 = 0;
-export let loadedBufferHead: u32 = 0;
-export let loadedBufferAddress: u64 = 0;
-export let loadedBufferRest: u64 = 0;
+// What the run has loaded of the frame it ended before
+const LEFT_NOTHING: u32 = 0;
+export const LEFT_END: u32 = 1; // there is none
+export const LEFT_BAD_HEAD: u32 = 2; // a head that is no descriptor
+export const LEFT_CHAIN: u32 = 3; // the first descriptor; what follows includes it
+export const LEFT_BAD_BUFFER: u32 = 4; // and the receive chain's head is no descriptor
+export const LEFT_BUFFER: u32 = 5; // and the receive chain's first descriptor
+export const LEFT_OFFLOAD: u32 = 6; // and the header, which asks for an offload
+export let left: u32 = LEFT_NOTHING;
+export let leftId: u32 = 0;
+export let leftAddress: u64 = 0;
+export let leftRest: u64 = 0;
+export let leftBufferId: u32 = 0;
+export let leftBufferAddress: u64 = 0;
+export let leftBufferRest: u64 = 0;
 
-/** Frame bytes of the last run. */
+/** Frame bytes of the last run, and the position of the transmit chain behind it. */
 export let runBytes: u64 = 0;
+export let runEnd: u32 = 0;
+
+/** Type arguments that stand for the two ring formats. */
+class Split {}
+class Packed {}
 
 /** There was no run. */
 export function skipRun(): void {
-  loaded = LOADED_NOTHING;
+  left = LEFT_NOTHING;
 }
 
-/**
- * Carries up to `limit` frames from avail index `first` on. Both rings run and are enabled, and the avail index of the
- * destination has been loaded.
- * @returns how many
- */
-export function carryRun(first: u32, limit: u32): u32 {
-  const fromMask = load<u32>(SOURCE_VRING, VRING_SIZE) - 1;
+/** Carries up to `limit` frames from a position on. Both rings run and are enabled. @returns how many */
+export function carryRun(position: u32, limit: u32): u32 {
+  runBytes = 0;
+  runEnd = position;
+  left = LEFT_NOTHING;
+  if (isPacked<Source>()) limit = min(limit, batchRoom<Source>());
+  if (isPacked<Destination>()) {
+    limit = min(limit, batchRoom<Destination>());
+    if (limit == 0) return 0;
+    return isPacked<Source>() ? run<Packed, Packed>(position, limit) : run<Split, Packed>(position, limit);
+  }
+  const next = nextAvail<Destination>();
+  if (limit == 0 || peekBuffer(next) != CHAIN_READY) return 0;
+  limit = min(limit, (load<u32>(DESTINATION_VRING, VRING_LIMIT) - next) & 0xffff);
+  return isPacked<Source>() ? run<Packed, Split>(position, limit) : run<Split, Split>(position, limit);
+}
+
+function isFormat<F>(): bool {
+  return idof<F>() == idof<Packed>();
+}
+
+function run<F, T>(position: u32, limit: u32): u32 {
+  const fromSize = load<u32>(SOURCE_VRING, VRING_SIZE);
   const fromDescSegment = load<u32>(SOURCE_VRING, VRING_DESC_SEGMENT);
   const fromDesc = load<u64>(SOURCE_VRING, VRING_DESC);
   const fromAvailSegment = load<u32>(SOURCE_VRING, VRING_AVAIL_SEGMENT);
@@ -81,11 +111,11 @@ export function carryRun(first: u32, limit: u32): u32 {
   const fromUsedSegment = load<u32>(SOURCE_VRING, VRING_USED_SEGMENT);
   const fromUsed = load<u64>(SOURCE_VRING, VRING_USED) + USED_RING;
   const fromGpa = load<u64>(SOURCE_HIT, EXTENT_GPA);
-  const fromSize = load<u64>(SOURCE_HIT, EXTENT_SIZE);
+  const fromHitSize = load<u64>(SOURCE_HIT, EXTENT_SIZE);
   const fromSegment = load<u32>(SOURCE_HIT, EXTENT_SEGMENT);
   const fromOffset = load<u64>(SOURCE_HIT, EXTENT_OFFSET);
   const fromHeader = load<u32>(SOURCE_VRING, VRING_HEADER_SIZE);
-  const toMask = load<u32>(DESTINATION_VRING, VRING_SIZE) - 1;
+  const toSize = load<u32>(DESTINATION_VRING, VRING_SIZE);
   const toDescSegment = load<u32>(DESTINATION_VRING, VRING_DESC_SEGMENT);
   const toDesc = load<u64>(DESTINATION_VRING, VRING_DESC);
   const toAvailSegment = load<u32>(DESTINATION_VRING, VRING_AVAIL_SEGMENT);
@@ -93,96 +123,184 @@ export function carryRun(first: u32, limit: u32): u32 {
   const toUsedSegment = load<u32>(DESTINATION_VRING, VRING_USED_SEGMENT);
   const toUsed = load<u64>(DESTINATION_VRING, VRING_USED) + USED_RING;
   const toGpa = load<u64>(DESTINATION_HIT, EXTENT_GPA);
-  const toSize = load<u64>(DESTINATION_HIT, EXTENT_SIZE);
+  const toHitSize = load<u64>(DESTINATION_HIT, EXTENT_SIZE);
   const toSegment = load<u32>(DESTINATION_HIT, EXTENT_SEGMENT);
   const toOffset = load<u64>(DESTINATION_HIT, EXTENT_OFFSET);
   const toHeader = load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE);
-  const firstUsed = load<u32>(SOURCE_VRING, VRING_NEXT_USED);
-  const firstBuffer = nextAvail<Destination>();
-  const firstBufferUsed = load<u32>(DESTINATION_VRING, VRING_NEXT_USED);
-  limit = min(limit, (availLimit - firstBuffer) & 0xffff);
 
-  let head: u32 = 0;
+  // Split: avail and used index, free-running. Packed: the slot, the bits of its lap, whether its used flags are kept back.
+  let fromNext = isFormat<F>() ? position & 0x7fff : position;
+  let fromUsedNext = load<u32>(SOURCE_VRING, VRING_NEXT_USED);
+  let fromAvailable = availableIn(position >> 15);
+  let fromUsedFlags = usedIn(position >> 15);
+  let fromHolds = fromUsedNext == load<u32>(SOURCE_VRING, VRING_PUBLISHED);
+  const first = nextAvail<Destination>();
+  let toNext = isFormat<T>() ? first & 0x7fff : first;
+  let toUsedNext = load<u32>(DESTINATION_VRING, VRING_NEXT_USED);
+  let toAvailable = availableIn(first >> 15);
+  let toUsedFlags = usedIn(first >> 15);
+  let toHolds = toUsedNext == load<u32>(DESTINATION_VRING, VRING_PUBLISHED);
+
+  let id: u32 = 0;
   let address: u64 = 0;
   let rest: u64 = 0;
-  let bufferHead: u32 = 0;
+  let bufferId: u32 = 0;
   let bufferAddress: u64 = 0;
   let bufferRest: u64 = 0;
   let bytes: u64 = 0;
   let done: u32 = 0;
-  loaded = LOADED_NOTHING;
+  let reached: u32 = LEFT_NOTHING;
   for (; done < limit; ++done) {
-    head = load16(end<Source>(), fromAvailSegment, fromAvail + <u64>((first + done) & fromMask) * AVAIL_ENTRY_SIZE);
-    if (head > fromMask) {
-      loaded = LOADED_HEAD;
-      break;
+    let descriptor: u64;
+    let flags: u32;
+    if (isFormat<F>()) {
+      descriptor = fromDesc + <u64>fromNext * DESC_SIZE;
+      rest = atomicLoad64(end<Source>(), fromDescSegment, descriptor + PACKED_DESC_LEN);
+      flags = <u32>(rest >> 48);
+      id = <u32>(rest >> 32) & 0xffff;
+      if ((flags & OWNER) != fromAvailable) {
+        reached = LEFT_END;
+        break;
+      }
+      address = load64(end<Source>(), fromDescSegment, descriptor);
+    } else {
+      const entry = fromAvail + <u64>(fromNext & (fromSize - 1)) * AVAIL_ENTRY_SIZE;
+      id = load16(end<Source>(), fromAvailSegment, entry);
+      if (id >= fromSize) {
+        reached = LEFT_BAD_HEAD;
+        break;
+      }
+      descriptor = fromDesc + <u64>id * DESC_SIZE;
+      address = load64(end<Source>(), fromDescSegment, descriptor);
+      rest = load64(end<Source>(), fromDescSegment, descriptor + DESC_LEN);
+      flags = <u32>(rest >> 32);
     }
-    const descriptor = fromDesc + <u64>head * DESC_SIZE;
-    address = load64(end<Source>(), fromDescSegment, descriptor);
-    rest = load64(end<Source>(), fromDescSegment, descriptor + DESC_LEN);
     const length = <u32>rest;
     const into = address - fromGpa;
     if (
-      (<u32>(rest >> 32) & LINKS) != 0 ||
+      (flags & LINKS) != 0 ||
       length - (fromHeader + FRAME_BYTES_MIN) > <u32>(FRAME_BYTES_MAX - FRAME_BYTES_MIN) ||
-      into >= fromSize ||
-      fromSize - into < <u64>length
+      into >= fromHitSize ||
+      fromHitSize - into < <u64>length
     ) {
-      loaded = LOADED_CHAIN;
+      reached = LEFT_CHAIN;
       break;
     }
 
-    const slot = <u64>((firstBuffer + done) & toMask);
-    bufferHead = load16(end<Destination>(), toAvailSegment, toAvail + slot * AVAIL_ENTRY_SIZE);
-    if (bufferHead > toMask) {
-      loaded = LOADED_BUFFER_HEAD;
-      break;
+    let bufferDescriptor: u64;
+    let bufferFlags: u32;
+    if (isFormat<T>()) {
+      bufferDescriptor = toDesc + <u64>toNext * DESC_SIZE;
+      bufferRest = atomicLoad64(end<Destination>(), toDescSegment, bufferDescriptor + PACKED_DESC_LEN);
+      bufferFlags = <u32>(bufferRest >> 48);
+      bufferId = <u32>(bufferRest >> 32) & 0xffff;
+      if ((bufferFlags & OWNER) != toAvailable) {
+        reached = LEFT_CHAIN;
+        break;
+      }
+      bufferAddress = load64(end<Destination>(), toDescSegment, bufferDescriptor);
+    } else {
+      const entry = toAvail + <u64>(toNext & (toSize - 1)) * AVAIL_ENTRY_SIZE;
+      bufferId = load16(end<Destination>(), toAvailSegment, entry);
+      if (bufferId >= toSize) {
+        reached = LEFT_BAD_BUFFER;
+        break;
+      }
+      bufferDescriptor = toDesc + <u64>bufferId * DESC_SIZE;
+      bufferAddress = load64(end<Destination>(), toDescSegment, bufferDescriptor);
+      bufferRest = load64(end<Destination>(), toDescSegment, bufferDescriptor + DESC_LEN);
+      bufferFlags = <u32>(bufferRest >> 32);
     }
-    const bufferDescriptor = toDesc + <u64>bufferHead * DESC_SIZE;
-    bufferAddress = load64(end<Destination>(), toDescSegment, bufferDescriptor);
-    bufferRest = load64(end<Destination>(), toDescSegment, bufferDescriptor + DESC_LEN);
     const frame = length - fromHeader;
     const written = frame + toHeader;
     const room = <u32>bufferRest;
     const toInto = bufferAddress - toGpa;
     if (
-      (<u32>(bufferRest >> 32) & LINKS) != VRING_DESC_F_WRITE ||
+      (bufferFlags & LINKS) != VRING_DESC_F_WRITE ||
       room < written ||
-      toInto >= toSize ||
-      toSize - toInto < <u64>room
+      toInto >= toHitSize ||
+      toHitSize - toInto < <u64>room
     ) {
-      loaded = LOADED_BUFFER;
+      reached = LEFT_BUFFER;
       break;
     }
 
     const from = fromOffset + into;
     if (isOffloadHeader(fromSegment, from)) {
-      loaded = LOADED_OFFLOAD;
+      reached = LEFT_OFFLOAD;
       break;
     }
     const to = toOffset + toInto;
     storeHeader(toSegment, to, toHeader, 1);
     copy(toSegment, to + toHeader, fromSegment, from + fromHeader, frame);
-    const bufferUsed = toUsed + <u64>((firstBufferUsed + done) & toMask) * USED_ENTRY_SIZE;
-    store64(end<Destination>(), toUsedSegment, bufferUsed, <u64>bufferHead | ((<u64>written) << 32));
-    store64(end<Source>(), fromUsedSegment, fromUsed + <u64>((firstUsed + done) & fromMask) * USED_ENTRY_SIZE, head);
+
+    if (isFormat<T>()) {
+      const usedFlags = toUsedFlags | VRING_DESC_F_WRITE;
+      if (toHolds) {
+        store32(end<Destination>(), toDescSegment, bufferDescriptor + PACKED_DESC_LEN, written);
+        store16(end<Destination>(), toDescSegment, bufferDescriptor + PACKED_DESC_ID, bufferId);
+        store<u32>(DESTINATION_VRING, usedFlags, VRING_HELD_FLAGS);
+        toHolds = false;
+      } else {
+        const word = <u64>written | ((<u64>bufferId) << 32) | ((<u64>usedFlags) << 48);
+        store64(end<Destination>(), toDescSegment, bufferDescriptor + PACKED_DESC_LEN, word);
+      }
+      if (++toNext == toSize) {
+        toNext = 0;
+        toAvailable ^= OWNER;
+        toUsedFlags ^= OWNER;
+      }
+    } else {
+      const used = toUsed + <u64>(toUsedNext & (toSize - 1)) * USED_ENTRY_SIZE;
+      store64(end<Destination>(), toUsedSegment, used, <u64>bufferId | ((<u64>written) << 32));
+      ++toNext;
+      ++toUsedNext;
+    }
+    if (isFormat<F>()) {
+      if (fromHolds) {
+        store32(end<Source>(), fromDescSegment, descriptor + PACKED_DESC_LEN, 0);
+        store16(end<Source>(), fromDescSegment, descriptor + PACKED_DESC_ID, id);
+        store<u32>(SOURCE_VRING, fromUsedFlags, VRING_HELD_FLAGS);
+        fromHolds = false;
+      } else {
+        const word = ((<u64>id) << 32) | ((<u64>fromUsedFlags) << 48);
+        store64(end<Source>(), fromDescSegment, descriptor + PACKED_DESC_LEN, word);
+      }
+      if (++fromNext == fromSize) {
+        fromNext = 0;
+        fromAvailable ^= OWNER;
+        fromUsedFlags ^= OWNER;
+      }
+    } else {
+      store64(end<Source>(), fromUsedSegment, fromUsed + <u64>(fromUsedNext & (fromSize - 1)) * USED_ENTRY_SIZE, id);
+      ++fromNext;
+      ++fromUsedNext;
+    }
     bytes += frame;
   }
 
-  if (loaded != LOADED_NOTHING) {
-    loadedHead = head;
-    loadedAddress = address;
-    loadedRest = rest;
-    loadedBufferHead = bufferHead;
-    loadedBufferAddress = bufferAddress;
-    loadedBufferRest = bufferRest;
-  }
+  left = reached;
+  leftId = id;
+  leftAddress = address;
+  leftRest = rest;
+  leftBufferId = bufferId;
+  leftBufferAddress = bufferAddress;
+  leftBufferRest = bufferRest;
+  runEnd = isFormat<F>() ? fromNext | (fromUsedFlags & 0x8000) : fromNext & 0xffff;
   if (done) {
-    store<u32>(SOURCE_VRING, (firstUsed + done) & 0xffff, VRING_NEXT_USED);
-    store<u32>(DESTINATION_VRING, (firstBufferUsed + done) & 0xffff, VRING_NEXT_USED);
-    setNextAvail<Destination>(firstBuffer + done);
+    const toEnd = isFormat<T>() ? toNext | (toUsedFlags & 0x8000) : toNext & 0xffff;
+    setNextAvail<Destination>(toEnd);
+    endRun<Source>(isFormat<F>() ? runEnd : fromUsedNext & 0xffff, done);
+    endRun<Destination>(isFormat<T>() ? toEnd : toUsedNext & 0xffff, done);
     stopWaiting();
   }
   runBytes = bytes;
   return done;
+}
+
+/** So many chains of one slot were given back. */
+function endRun<E>(nextUsed: u32, slots: u32): void {
+  const vring = vringOf<E>();
+  store<u32>(vring, nextUsed, VRING_NEXT_USED);
+  store<u32>(vring, load<u32>(vring, VRING_UNDECIDED) + slots, VRING_UNDECIDED);
 }

@@ -12,6 +12,7 @@ const SMALL_COPY_BYTES = 256;
 
 const loads: [name: string, instruction: string, result: string][] = [
   ["atomicLoad16", "i32.atomic.load16_u", "i32"],
+  ["atomicLoad64", "i64.atomic.load", "i64"],
   ["load8", "i32.load8_u", "i32"],
   ["load16", "i32.load16_u", "i32"],
   ["load32", "i32.load", "i32"],

@@ -3,6 +3,7 @@
  *
  * Main thread only. Everything but the counters is written while the poller has parked the lane.
  */
+import { mapAnonymous, mapShared } from "../../native/mman.ts";
 import {
   COUNTERS,
   COUNT_BATCHES,
@@ -21,6 +22,7 @@ import {
   COUNT_PACKETS,
   COUNT_WAITS,
   DESTINATION_EXTENTS,
+  DESTINATION_INFLIGHT,
   DESTINATION_VRING,
   EXTENTS_FIRST,
   EXTENTS_MAX,
@@ -29,7 +31,9 @@ import {
   EXTENT_OFFSET,
   EXTENT_SEGMENT,
   EXTENT_SIZE,
+  INFLIGHT_PAGE_BYTES,
   SOURCE_EXTENTS,
+  SOURCE_INFLIGHT,
   SOURCE_VRING,
   VRING_AVAIL,
   VRING_AVAIL_SEGMENT,
@@ -39,15 +43,17 @@ import {
   VRING_FLAGS,
   VRING_FRESH,
   VRING_HEADER_SIZE,
+  VRING_INFLIGHT,
   VRING_NEXT_AVAIL,
   VRING_READY,
   VRING_SINK,
   VRING_SIZE,
   VRING_USED,
   VRING_USED_SEGMENT,
+  VRING_WAITING,
 } from "../layout/lane.ts";
 import type { Extent } from "../memory/guest-memory.ts";
-import type { RunningVring } from "../ports/port.ts";
+import type { InflightPlace, RunningVring } from "../ports/port.ts";
 import { createLaneMemory } from "./core.ts";
 
 /** Counters of one lane since it exists. Drops: transmit chains that were consumed and whose frame went nowhere. */
@@ -76,6 +82,7 @@ export interface LaneCounters {
 type End = "source" | "destination";
 const VRING_AT = { source: SOURCE_VRING, destination: DESTINATION_VRING };
 const EXTENTS_AT = { source: SOURCE_EXTENTS, destination: DESTINATION_EXTENTS };
+const INFLIGHT_AT = { source: SOURCE_INFLIGHT, destination: DESTINATION_INFLIGHT };
 
 export class Lane {
   readonly name: string;
@@ -87,14 +94,18 @@ export class Lane {
   /** What memory 0 has; a change of a guest's memory makes a new list. */
   readonly #extents: Record<End, readonly Extent[] | undefined> = { source: undefined, destination: undefined };
 
+  readonly #inflights: Record<End, InflightPlace | undefined> = { source: undefined, destination: undefined };
+
   constructor(name: string) {
     this.name = name;
   }
 
-  /** Writes a virtqueue's state; undefined: it is not running. */
+  /** Writes a virtqueue's state; undefined: it is not running. @throws SystemError if its inflight header cannot be mapped */
   setVring(end: End, vring: RunningVring | undefined): void {
     const at = VRING_AT[end];
     const view = this.#view;
+    this.#setInflight(end, vring?.inflight);
+    view.setUint32(DESTINATION_VRING + VRING_WAITING, 0, true); // buffers are looked for anew
     if (!vring) {
       this.#starts[end] = undefined;
       view.setUint32(at + VRING_FLAGS, 0, true);
@@ -118,6 +129,18 @@ export class Lane {
       view.setBigUint64(at + offsetAt, offset, true);
     }
     view.setUint32(at + VRING_FLAGS, VRING_READY | vring.flags | kept, true);
+  }
+
+  /** Maps the page that holds the header; without one, what was mapped there is gone. */
+  #setInflight(end: End, inflight: InflightPlace | undefined): void {
+    const had = this.#inflights[end];
+    if (had?.fd === inflight?.fd && had?.offset === inflight?.offset) return;
+    const page = { memory: this.memory, offset: BigInt(INFLIGHT_AT[end]), sizeBytes: BigInt(INFLIGHT_PAGE_BYTES) };
+    const into = (inflight?.offset ?? 0n) % page.sizeBytes;
+    if (inflight) mapShared(page, inflight.fd, inflight.offset - into);
+    else mapAnonymous(page);
+    this.#inflights[end] = inflight;
+    this.#view.setUint32(VRING_AT[end] + VRING_INFLIGHT, inflight ? INFLIGHT_AT[end] + Number(into) : 0, true);
   }
 
   /** There is no virtqueue at this end: every frame is taken and forgotten. */

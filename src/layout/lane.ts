@@ -1,35 +1,45 @@
 /**
  * A lane's memory 0: what the control plane and the core share about one direction of one queue pair.
  *
- *   0x000000  lane state: the two virtqueues, counters
+ *   0x000000  lane state: the two virtqueues, counters, a frame to inject
  *   0x001000  source extents, 0x00a000 destination extents: guest physical ranges -> (segment, offset)
+ *   0x014000  source, 0x015000 destination: the page with the virtqueue's inflight header, where there is one
  *   0x020000  source pieces: the transmit chain being carried, validated and translated
  *   0x130000  destination pieces: the receive chains it goes to
  *   0x240000  merged chains: which receive chains those are, and how much goes into each
  *
- * No guest byte is ever in here. The control plane writes state and extents only while the poller has parked the lane;
+ * No guest byte is ever read in here. The control plane writes state and extents only while the poller has parked the lane;
  * counters may be read at any time. Plain constants only: asc, tsc, Node and vitest import this same file.
+ *
+ * A *position* is a place in the order of a ring's chains: of a split ring an avail or used index, mod 2^16; of a packed
+ * one index | wrap << 15, as SET_VRING_BASE has it.
  */
 
 export const LANE_PAGES = 40; // of 64 KiB
 
 // The two virtqueues: the source end's transmitq, the destination end's receiveq
-export const SOURCE_VRING = 0x040;
-export const DESTINATION_VRING = 0x080;
+export const SOURCE_VRING = 0x100;
+export const DESTINATION_VRING = 0x180;
 
-// One virtqueue (64 bytes)
+// One virtqueue: all that is known of it; whoever has these bytes can go on with the ring
+export const VRING_BYTES = 128;
 export const VRING_FLAGS = 0; // u32, VRING_* below
 export const VRING_SIZE = 4; // u32
 export const VRING_HEADER_SIZE = 8; // u32, bytes of the net header: 10 or 12
 export const VRING_DESC_SEGMENT = 12; // u32
 export const VRING_AVAIL_SEGMENT = 16; // u32
 export const VRING_USED_SEGMENT = 20; // u32
-export const VRING_DESC = 24; // u64, offset in its segment
-export const VRING_AVAIL = 32; // u64
-export const VRING_USED = 40; // u64
-export const VRING_NEXT_AVAIL = 48; // u32, next avail index to take, mod 2^16
-export const VRING_NEXT_USED = 52; // u32, next used index to publish, mod 2^16
-export const VRING_SIGNALLED = 56; // u32, used index at the last call decision
+export const VRING_DESC = 24; // u64, offset in its segment; packed: descriptor ring
+export const VRING_AVAIL = 32; // u64; packed: driver event suppression
+export const VRING_USED = 40; // u64; packed: device event suppression
+export const VRING_NEXT_AVAIL = 48; // u32, position of the next chain to take
+export const VRING_NEXT_USED = 52; // u32, position of the next chain to give back
+export const VRING_PUBLISHED = 56; // u32, position up to which the driver sees chains given back
+export const VRING_UNDECIDED = 60; // u32, slots given back since it was last decided whether to call the driver
+export const VRING_LIMIT = 64; // u32, split: the avail index as last loaded
+export const VRING_WAITING = 68; // u32, 0, or 0x10000 | position of the first chain that is missing for the next frame
+export const VRING_HELD_FLAGS = 72; // u32, packed: flags of the descriptor at PUBLISHED, to be stored last
+export const VRING_INFLIGHT = 76; // u32, address of the inflight header in memory 0; 0: none
 
 // VRING_FLAGS
 export const VRING_READY = 1; // started, areas mapped
@@ -40,13 +50,14 @@ export const VRING_MERGEABLE = 16;
 export const VRING_BROKEN = 32; // the core stopped it: the driver broke the format
 export const VRING_FRESH = 64; // just started: the used index is still to be taken from guest memory
 export const VRING_SINK = 128; // no virtqueue at all: swallows every frame (null port)
+export const VRING_PACKED = 256;
 
 // The extent found last, one per end: an EXTENT_* record
-export const SOURCE_HIT = 0x0c0;
-export const DESTINATION_HIT = 0x0e0;
+export const SOURCE_HIT = 0x040;
+export const DESTINATION_HIT = 0x060;
 
 // Counters (u64 each)
-export const COUNTERS = 0x100;
+export const COUNTERS = 0x200;
 export const COUNT_PACKETS = 0;
 export const COUNT_BYTES = 8; // frame bytes, without the net header
 export const COUNT_BATCHES = 16; // polls that moved anything
@@ -64,6 +75,10 @@ export const COUNT_DROP_MALFORMED = 96; // descriptor chain breaks a rule
 export const COUNT_DROP_BAD_FRAME = 104; // shorter than an Ethernet header, too long, or an offload nobody negotiated
 export const COUNT_DROP_DISABLED = 112; // sent on a started but disabled transmitq
 
+// A frame of the control plane's own making, for inject()
+export const INJECT_FRAME = 0x400;
+export const INJECT_BYTES_MAX = 1514;
+
 // Extents: u32 count, then 32-byte entries sorted by gpa
 export const SOURCE_EXTENTS = 0x1000;
 export const DESTINATION_EXTENTS = 0xa000;
@@ -75,6 +90,14 @@ export const EXTENT_SIZE = 8; // u64
 export const EXTENT_OFFSET = 16; // u64, in its segment
 export const EXTENT_SEGMENT = 24; // u32
 
+// Where the 4096-byte page of an inflight region that holds a virtqueue's header is mapped
+export const SOURCE_INFLIGHT = 0x1_4000;
+export const DESTINATION_INFLIGHT = 0x1_5000;
+export const INFLIGHT_PAGE_BYTES = 4096;
+// The header: split u16 used_idx; packed u16 used_idx, u16 old_used_idx, u8 used_wrap, u8 old_used_wrap
+export const INFLIGHT_SPLIT_USED_IDX = 14;
+export const INFLIGHT_PACKED_USED = 16;
+
 // Pieces: contiguous stretches of guest memory
 export const SOURCE_PIECES = 0x2_0000;
 export const DESTINATION_PIECES = 0x13_0000;
@@ -84,10 +107,11 @@ export const PIECE_OFFSET = 0; // u64
 export const PIECE_LENGTH = 8; // u32
 export const PIECE_SEGMENT = 12; // u32
 
-// Merged chains: u32 head, u32 bytes written
+// Merged chains: u16 id, u16 slots, u32 bytes written
 export const MERGED_CHAINS = 0x24_0000;
 export const MERGED_BYTES = 8;
-export const MERGED_HEAD = 0;
+export const MERGED_ID = 0;
+export const MERGED_SLOTS = 2;
 export const MERGED_WRITTEN = 4;
 
 // Frames: 64 KiB of packet and any link-layer header

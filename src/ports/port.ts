@@ -12,11 +12,18 @@ export interface Area {
   offset: bigint;
 }
 
+/** The header of a virtqueue in an inflight region: a multiple of 64 bytes into a memory file. */
+export interface InflightPlace {
+  fd: number;
+  offset: bigint;
+}
+
 /** A virtqueue that is started, as a lane needs it. */
 export interface RunningVring {
   /** Identity of the start: the same for all updates until it is stopped. */
   start: symbol;
   size: number;
+  /** Position of the first chain to take, see src/layout/lane.ts. */
   base: number;
   desc: Area;
   avail: Area;
@@ -27,6 +34,8 @@ export interface RunningVring {
   kick: number | undefined;
   call: number | undefined;
   err: number | undefined;
+  /** Where to keep the used index for whoever comes after us. */
+  inflight?: InflightPlace | undefined;
 }
 
 /** Parks the lanes of the port's link, applies a change to the port, and lets them run by it. */

@@ -54,7 +54,7 @@ export function instantiateHooked(
       observe({ kind: "load", atomic, end: names[end]!, gpa: gpaOf(end, segment, offset, bits / 8), bytes: bits / 8 });
       const view = views[end]![segment]!;
       const at = Number(offset);
-      if (atomic && at % 2 !== 0) throw new StrayAccess(`misaligned atomic load at ${at}`);
+      if (atomic && at % (bits / 8) !== 0) throw new StrayAccess(`misaligned atomic load at ${at}`);
       if (bits === 8) return view.getUint8(at);
       if (bits === 16) return view.getUint16(at, true);
       return bits === 32 ? view.getUint32(at, true) : view.getBigUint64(at, true);
@@ -83,6 +83,7 @@ export function instantiateHooked(
   };
   const guest = {
     atomicLoad16: load(16, true),
+    atomicLoad64: load(64, true),
     atomicStore16: store(16, true),
     load8: load(8),
     load16: load(16),
