@@ -7,7 +7,7 @@
 import { Arena } from "../src/driver/guest.ts";
 import type { Window } from "../src/driver/guest.ts";
 import { SplitDriver } from "../src/driver/split.ts";
-import type { ChainBuffer } from "../src/driver/split.ts";
+import type { ChainBuffer } from "../src/driver/virtqueue.ts";
 import { DESC_SIZE, NET_HDR_SIZE } from "../src/layout/virtio.ts";
 
 export const RING_SIZE = 512;

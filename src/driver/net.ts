@@ -14,6 +14,8 @@ import {
   RECEIVEQ,
   TRANSMITQ,
   VHOST_USER_F_PROTOCOL_FEATURES,
+  VIRTIO_F_IN_ORDER,
+  VIRTIO_F_RING_PACKED,
   VIRTIO_F_VERSION_1,
   VIRTIO_NET_F_MQ,
   VIRTIO_NET_F_MRG_RXBUF,
@@ -25,7 +27,7 @@ import { Arena } from "./guest.ts";
 import type { Guest } from "./guest.ts";
 import { QueuePair } from "./queue-pair.ts";
 import type { PairOptions } from "./queue-pair.ts";
-import type { SplitDriver } from "./split.ts";
+import type { VirtqueueDriver } from "./virtqueue.ts";
 
 const bit = (number: number): bigint => 1n << BigInt(number);
 
@@ -41,6 +43,9 @@ export interface NetDriverOptions {
   mergeable?: boolean;
   eventIdx?: boolean;
   indirect?: boolean;
+  /** Features to use where the back-end offers them; default: none. */
+  packed?: boolean;
+  inOrder?: boolean;
   /** Bytes of a mergeable receive buffer; without mergeable buffers each holds the longest frame. */
   receiveBufferBytes?: number;
   frameBytesMax?: number;
@@ -79,6 +84,7 @@ export class NetDriver implements Disposable {
     const mergeable = has(VIRTIO_NET_F_MRG_RXBUF);
     const pair: PairOptions = {
       ringSize,
+      packed: has(VIRTIO_F_RING_PACKED),
       eventIdx: has(VIRTIO_RING_F_EVENT_IDX),
       indirect: has(VIRTIO_RING_F_INDIRECT_DESC),
       mergeable,
@@ -149,7 +155,7 @@ export class NetDriver implements Disposable {
     for (const pair of this.pairs) pair.fill();
   }
 
-  async #startQueue(guest: Guest, index: number, queue: SplitDriver): Promise<void> {
+  async #startQueue(guest: Guest, index: number, queue: VirtqueueDriver): Promise<void> {
     const areas = {
       desc: guest.userAddress(queue.descGpa),
       avail: guest.userAddress(queue.availGpa),
@@ -157,7 +163,7 @@ export class NetDriver implements Disposable {
     };
     this.#epoll.add(this.#call(index));
     await this.frontend.setVringNum(index, queue.size);
-    await this.frontend.setVringBase(index, queue.availIdx);
+    await this.frontend.setVringBase(index, queue.base);
     await this.frontend.setVringAddr(index, areas);
     await this.frontend.setVringKick(index, this.#kick(index));
     await this.frontend.setVringCall(index, this.#call(index));
@@ -166,6 +172,7 @@ export class NetDriver implements Disposable {
 
 async function negotiate(frontend: Frontend, options: NetDriverOptions): Promise<bigint> {
   const { path, queuePairs = 1, mergeable = true, eventIdx = true, indirect = true } = options;
+  const { packed = false, inOrder = false } = options;
   const offered = await frontend.getFeatures();
   if ((offered & bit(VIRTIO_F_VERSION_1)) === 0n) {
     throw new ConfigError(
@@ -181,6 +188,8 @@ async function negotiate(frontend: Frontend, options: NetDriverOptions): Promise
   if (mergeable) wanted |= bit(VIRTIO_NET_F_MRG_RXBUF);
   if (eventIdx) wanted |= bit(VIRTIO_RING_F_EVENT_IDX);
   if (indirect) wanted |= bit(VIRTIO_RING_F_INDIRECT_DESC);
+  if (packed) wanted |= bit(VIRTIO_F_RING_PACKED);
+  if (inOrder) wanted |= bit(VIRTIO_F_IN_ORDER);
   if (queuePairs > 1) wanted |= bit(VIRTIO_NET_F_MQ);
   const features = offered & wanted;
   await frontend.setFeatures(features);

@@ -3,15 +3,20 @@
  *
  * Truth: virtio 1.3, 5.1.6 (device operation). Every frame is preceded by a 12-byte header (VIRTIO_F_VERSION_1); no
  * offload is negotiated, so all of it but num_buffers is 0. A buffer is header and frame in one piece. Owned by one
- * thread. It judges the device like SplitDriver does: what no driver could accept throws DeviceError.
+ * thread. It judges the device like its virtqueues do: what no driver could accept throws DeviceError.
  */
 import { signal } from "../../native/eventfd.ts";
 import { NET_HDR_NUM_BUFFERS, NET_HDR_SIZE } from "../layout/virtio.ts";
 import type { Arena, Window } from "./guest.ts";
-import { DeviceError, SplitDriver } from "./split.ts";
+import { PackedDriver } from "./packed.ts";
+import { SplitDriver } from "./split.ts";
+import { DeviceError } from "./virtqueue.ts";
+import type { VirtqueueDriver } from "./virtqueue.ts";
 
 export interface PairOptions {
   ringSize: number;
+  /** VIRTIO_F_RING_PACKED was negotiated. */
+  packed: boolean;
   eventIdx: boolean;
   indirect: boolean;
   /** VIRTIO_NET_F_MRG_RXBUF was negotiated: a frame may fill several receive buffers. */
@@ -23,8 +28,8 @@ export interface PairOptions {
 }
 
 export class QueuePair {
-  readonly receiveq: SplitDriver;
-  readonly transmitq: SplitDriver;
+  readonly receiveq: VirtqueueDriver;
+  readonly transmitq: VirtqueueDriver;
   /** Kicks sent on both queues. */
   kicks = 0;
   readonly #receiveKick: number;
@@ -35,16 +40,17 @@ export class QueuePair {
   readonly #merged: Uint8Array;
 
   /** Bytes of guest memory that a pair takes from its arena at most. */
-  static sizeBytes({ ringSize, receiveBufferBytes, frameBytesMax }: PairOptions): number {
-    const ring = SplitDriver.layout(ringSize, true).sizeBytes + CACHE_LINE;
+  static sizeBytes({ ringSize, packed, receiveBufferBytes, frameBytesMax }: PairOptions): number {
+    const ring = driverClass(packed).layout(ringSize, true).sizeBytes + CACHE_LINE;
     return 2 * ring + ringSize * (alignUp(receiveBufferBytes) + alignUp(NET_HDR_SIZE + frameBytesMax)) + 2 * CACHE_LINE;
   }
 
   constructor(arena: Arena, options: PairOptions, kicks: { receive: number; transmit: number }) {
     const { ringSize, eventIdx, mergeable, receiveBufferBytes, frameBytesMax } = options;
-    const ring = (): SplitDriver => {
-      const place = arena.take(SplitDriver.layout(ringSize, eventIdx).sizeBytes, CACHE_LINE);
-      return new SplitDriver({ ...place, size: ringSize, eventIdx, indirect: options.indirect });
+    const Driver = driverClass(options.packed);
+    const ring = (): VirtqueueDriver => {
+      const place = arena.take(Driver.layout(ringSize, eventIdx).sizeBytes, CACHE_LINE);
+      return new Driver({ ...place, size: ringSize, eventIdx, indirect: options.indirect });
     };
     this.receiveq = ring();
     this.transmitq = ring();
@@ -112,7 +118,7 @@ export class QueuePair {
     let length = first.length;
     for (let i = 1; i < buffers; i++) {
       const part = this.#receiveBuffers.reclaim(this.receiveq);
-      // The device shows all buffers of a frame by one store of the used index (5.1.6.4).
+      // The device shows all buffers of a frame at once (5.1.6.4).
       if (part === undefined) throw new DeviceError(`a frame of ${buffers} buffers, but only ${i} were used`);
       if (length + part.length > this.#merged.length)
         throw new DeviceError(`a frame of more than ${this.#merged.length} bytes`);
@@ -122,13 +128,15 @@ export class QueuePair {
     return this.#merged.subarray(NET_HDR_SIZE, length);
   }
 
-  #publish(queue: SplitDriver, kick: number): void {
+  #publish(queue: VirtqueueDriver, kick: number): void {
     queue.publish();
     if (!queue.needsKick()) return;
     signal(kick);
     this.kicks++;
   }
 }
+
+const driverClass = (packed: boolean) => (packed ? PackedDriver : SplitDriver);
 
 const CACHE_LINE = 64;
 const alignUp = (bytes: number): number => Math.ceil(bytes / CACHE_LINE) * CACHE_LINE;
@@ -140,7 +148,7 @@ class Buffers {
   readonly #addressLow: Uint32Array;
   readonly #addressHigh: Uint32Array;
   readonly #free: number[];
-  readonly #bufferOf: Uint16Array; // by head
+  readonly #bufferOf: Uint16Array; // by chain id
 
   constructor(arena: Arena, count: number, sizeBytes: number) {
     const stride = alignUp(sizeBytes);
@@ -161,7 +169,7 @@ class Buffers {
   }
 
   /** Adds `len` bytes of the next free buffer to the ring. @returns false if none is free */
-  add(queue: SplitDriver, len: number, writable: boolean): boolean {
+  add(queue: VirtqueueDriver, len: number, writable: boolean): boolean {
     const buffer = this.#free.pop();
     if (buffer === undefined) return false;
     const head = queue.addBuffer(this.#addressLow[buffer]!, this.#addressHigh[buffer]!, len, writable);
@@ -170,7 +178,7 @@ class Buffers {
   }
 
   /** Takes back the next used buffer. @returns what the device wrote into it, or undefined if none was used */
-  reclaim(queue: SplitDriver): Uint8Array | undefined {
+  reclaim(queue: VirtqueueDriver): Uint8Array | undefined {
     const head = queue.pop();
     if (head < 0) return undefined;
     const buffer = this.#bufferOf[head]!;

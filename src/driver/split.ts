@@ -11,15 +11,11 @@
  * announced it. Both directions of notification store one word and then load another (publish avail idx, then read
  * avail_event; store used_event, then read used idx): only a sequentially consistent pair makes that handshake safe.
  */
-import { RelayError } from "../errors.ts";
 import {
   AVAIL_ENTRY_SIZE,
   AVAIL_FLAGS,
   AVAIL_IDX,
   AVAIL_RING,
-  DESC_ADDR,
-  DESC_FLAGS,
-  DESC_LEN,
   DESC_SIZE,
   USED_ENTRY_ID,
   USED_ENTRY_LEN,
@@ -34,75 +30,33 @@ import {
   VRING_SIZE_MAX,
   VRING_USED_F_NO_NOTIFY,
 } from "../layout/virtio.ts";
+import {
+  ADDR_WORD,
+  CACHE_LINE,
+  DESC_WORDS,
+  DeviceError,
+  LAST_WORD,
+  LEN_WORD,
+  NOT_OUTSTANDING,
+  alignUp,
+  checkChain,
+  storeDescriptor,
+  writableBytes,
+} from "./virtqueue.ts";
+import type { ChainBuffer, IndirectTable, RingLayout, RingPlace, VirtqueueDriver } from "./virtqueue.ts";
 
-/** The device broke the virtqueue: the used ring holds something no driver can accept. */
-export class DeviceError extends RelayError {
-  readonly code = "DEVICE";
-}
-
-/** One buffer of a descriptor chain, by guest physical address. */
-export interface ChainBuffer {
-  gpa: bigint;
-  len: number;
-  writable: boolean;
-}
-
-/** Driver memory for one indirect table: 16 bytes a descriptor, aligned to 16. */
-interface IndirectTable {
-  buffer: ArrayBufferLike;
-  byteOffset: number;
-  gpa: bigint;
-}
-
-/** Where a ring lies, and what was negotiated for it. */
-interface RingPlace {
-  buffer: ArrayBufferLike;
-  /** First byte of the ring in `buffer`; a multiple of 64 keeps the areas on cache lines of their own. */
-  byteOffset: number;
-  /** Guest physical address of that byte. */
-  gpa: bigint;
-  /** Descriptors: a power of two up to 32768. */
-  size: number;
-  /** VIRTIO_F_EVENT_IDX was negotiated. */
-  eventIdx: boolean;
-  /** VIRTIO_F_INDIRECT_DESC was negotiated. */
-  indirect: boolean;
-  /** Ring index to begin at, default 0: what GET_VRING_BASE of an emptied ring returned. */
-  base?: number;
-}
-
-/** Byte offsets of the three areas from the start of the ring, and the bytes they take together. */
-interface RingLayout {
-  desc: number;
-  avail: number;
-  used: number;
-  sizeBytes: number;
-}
-
-const CACHE_LINE = 64;
-const DESC_WORDS = DESC_SIZE >> 2;
-const ADDR_WORD = DESC_ADDR >> 2;
-const LEN_WORD = DESC_LEN >> 2;
-const FLAGS_WORD = DESC_FLAGS >> 2; // flags in the low half, next in the high half
 const USED_WORDS = USED_ENTRY_SIZE >> 2;
 const USED_ID_WORD = (USED_RING + USED_ENTRY_ID) >> 2;
 const USED_LEN_WORD = (USED_RING + USED_ENTRY_LEN) >> 2;
 
-/** Less than any used length, so that one comparison finds both a stray head and too long a write. */
-const NOT_OUTSTANDING = -1;
-
 /** A device that honours used_event stays silent for this many entries after disableInterrupts(). */
 const FAR_AHEAD = 0x8000;
 
-const alignUp = (value: number, alignment: number): number => Math.ceil(value / alignment) * alignment;
-
-export class SplitDriver {
+export class SplitDriver implements VirtqueueDriver {
   readonly size: number;
-  /** Addresses for SET_VRING_ADDR, guest physical. */
   readonly descGpa: bigint;
   readonly availGpa: bigint;
   readonly usedGpa: bigint;
-  /** Bytes the device wrote into what the last pop() or recycle() took back. */
   usedLen = 0;
 
   readonly #eventIdx: boolean;
@@ -167,31 +121,22 @@ export class SplitDriver {
     if (eventIdx) Atomics.store(this.#avail, this.#usedEvent, base);
   }
 
-  /** Free descriptors. */
   get numFree(): number {
     return this.#numFree;
   }
 
-  /** Chains added and not yet popped. */
   get outstanding(): number {
     return (this.#availIdx - this.#lastUsed) & 0xffff;
   }
 
-  /** The avail index the device may see. */
-  get availIdx(): number {
-    return this.#published;
-  }
-
-  /** The used index up to which entries were popped. */
   get lastUsed(): number {
     return this.#lastUsed;
   }
 
-  /**
-   * Adds a chain of one buffer; allocates nothing. Seen by the device after publish().
-   * @param addressLow, addressHigh the halves of its guest physical address
-   * @returns the chain's head, or -1 if the ring is full
-   */
+  get base(): number {
+    return this.#lastUsed;
+  }
+
   addBuffer(addressLow: number, addressHigh: number, len: number, writable: boolean): number {
     if (this.#numFree === 0) return -1;
     const head = this.#freeHead;
@@ -199,17 +144,13 @@ export class SplitDriver {
     this.#desc[word + ADDR_WORD] = addressLow;
     this.#desc[word + ADDR_WORD + 1] = addressHigh;
     this.#desc[word + LEN_WORD] = len;
-    this.#desc[word + FLAGS_WORD] = writable ? VRING_DESC_F_WRITE : 0;
+    this.#desc[word + LAST_WORD] = writable ? VRING_DESC_F_WRITE : 0;
     this.#freeHead = this.#nextFree[head]!;
     this.#numFree--;
     this.#makeAvailable(head, writable ? len : 0);
     return head;
   }
 
-  /**
-   * Adds a chain of buffers, one ring descriptor each.
-   * @returns the chain's head, or -1 if too few descriptors are free
-   */
   add(chain: readonly ChainBuffer[]): number {
     checkChain(chain);
     if (chain.length > this.#numFree) return -1;
@@ -228,11 +169,6 @@ export class SplitDriver {
     return head;
   }
 
-  /**
-   * Adds a chain through an indirect table: one ring descriptor whatever the chain's length.
-   * The table belongs to the device until pop() returns the head.
-   * @returns the chain's head, or -1 if the ring is full
-   */
   addIndirect(chain: readonly ChainBuffer[], table: IndirectTable): number {
     if (!this.#indirect) throw new RangeError("an indirect table on a ring without VIRTIO_F_INDIRECT_DESC");
     checkChain(chain);
@@ -242,22 +178,19 @@ export class SplitDriver {
       writeDescriptor(words, position, buffer, position + 1 < chain.length ? position + 1 : undefined);
     }
     const head = this.#freeHead;
-    const entry = { gpa: table.gpa, len: chain.length * DESC_SIZE, writable: false };
-    writeDescriptor(this.#desc, head, entry, undefined, VRING_DESC_F_INDIRECT);
+    storeDescriptor(this.#desc, head, { gpa: table.gpa, len: chain.length * DESC_SIZE }, VRING_DESC_F_INDIRECT);
     this.#freeHead = this.#nextFree[head]!;
     this.#numFree--;
     this.#makeAvailable(head, writableBytes(chain));
     return head;
   }
 
-  /** Shows the device every chain added so far: one store of the avail index. */
   publish(): void {
     Atomics.store(this.#avail, AVAIL_IDX >> 1, this.#availIdx);
     this.#publishedSinceKick += (this.#availIdx - this.#published) & 0xffff;
     this.#published = this.#availIdx;
   }
 
-  /** Whether the device asked to be kicked for what was published since the last call. */
   needsKick(): boolean {
     const count = this.#publishedSinceKick;
     this.#publishedSinceKick = 0;
@@ -268,11 +201,6 @@ export class SplitDriver {
     return ((this.#published - event - 1) & 0xffff) < count;
   }
 
-  /**
-   * Takes back the next used chain; allocates nothing. `usedLen` then holds the bytes the device wrote.
-   * @returns the chain's head, or -1 if no entry is left
-   * @throws DeviceError if the device broke the used ring
-   */
   pop(): number {
     if (this.#lastUsed === this.#usedSeen) this.#loadUsedIdx();
     if (this.#lastUsed === this.#usedSeen) return -1;
@@ -293,12 +221,6 @@ export class SplitDriver {
     return head;
   }
 
-  /**
-   * Takes back up to `limit` used chains and makes each available again as it is: same descriptors, same buffers.
-   * A bench posts and reaps through this alone. Allocates nothing; seen by the device after publish().
-   * @returns how many; `usedLen` then holds the bytes the device wrote into all of them
-   * @throws DeviceError if the device broke the used ring; the ring is of no further use then
-   */
   recycle(limit: number): number {
     if (this.#lastUsed === this.#usedSeen) this.#loadUsedIdx();
     const count = Math.min(limit, (this.#usedSeen - this.#lastUsed) & 0xffff);
@@ -323,17 +245,11 @@ export class SplitDriver {
     return count;
   }
 
-  /** Asks the device not to interrupt. It may still do so now and then: with event indexes once in 65536 entries. */
   disableInterrupts(): void {
     if (this.#eventIdx) Atomics.store(this.#avail, this.#usedEvent, (this.#lastUsed + FAR_AHEAD) & 0xffff);
     else Atomics.store(this.#avail, AVAIL_FLAGS >> 1, VRING_AVAIL_F_NO_INTERRUPT);
   }
 
-  /**
-   * Asks the device to interrupt at the next used entry, or with event indexes after letting `skip` entries pass.
-   * @param skip less than outstanding, or the interrupt may never come
-   * @returns whether the caller may sleep; false if that many were used before the device could know, so pop() first
-   */
   enableInterrupts(skip = 0): boolean {
     if (this.#eventIdx) Atomics.store(this.#avail, this.#usedEvent, (this.#lastUsed + skip) & 0xffff);
     else Atomics.store(this.#avail, AVAIL_FLAGS >> 1, 0);
@@ -366,29 +282,7 @@ export class SplitDriver {
   }
 }
 
-/** Fails unless readable buffers come before writable ones and there is at least one (virtio 1.3, 2.7.4.2). */
-function checkChain(chain: readonly ChainBuffer[]): void {
-  const firstWritable = chain.findIndex((buffer) => buffer.writable);
-  const disordered = firstWritable >= 0 && chain.slice(firstWritable).some((buffer) => !buffer.writable);
-  if (chain.length === 0 || disordered) {
-    throw new RangeError("a chain is one or more buffers, the device-readable ones first");
-  }
-}
-
-function writableBytes(chain: readonly ChainBuffer[]): number {
-  return chain.reduce((sum, buffer) => sum + (buffer.writable ? buffer.len : 0), 0);
-}
-
-function writeDescriptor(
-  table: Uint32Array,
-  index: number,
-  buffer: ChainBuffer,
-  next: number | undefined,
-  flags = buffer.writable ? VRING_DESC_F_WRITE : 0,
-): void {
-  const word = index * DESC_WORDS;
-  table[word + ADDR_WORD] = Number(buffer.gpa & 0xffffffffn);
-  table[word + ADDR_WORD + 1] = Number(buffer.gpa >> 32n);
-  table[word + LEN_WORD] = buffer.len;
-  table[word + FLAGS_WORD] = next === undefined ? flags : ((next << 16) | flags | VRING_DESC_F_NEXT) >>> 0;
+function writeDescriptor(table: Uint32Array, index: number, buffer: ChainBuffer, next: number | undefined): void {
+  const flags = buffer.writable ? VRING_DESC_F_WRITE : 0;
+  storeDescriptor(table, index, buffer, next === undefined ? flags : ((next << 16) | flags | VRING_DESC_F_NEXT) >>> 0);
 }

@@ -1,7 +1,8 @@
 /** The driver's side of a split virtqueue against a device written out from virtio 1.3, section 2.7. */
 import { describe, expect, test } from "vitest";
-import { DeviceError, SplitDriver } from "../../src/driver/split.ts";
-import type { ChainBuffer } from "../../src/driver/split.ts";
+import { SplitDriver } from "../../src/driver/split.ts";
+import { DeviceError } from "../../src/driver/virtqueue.ts";
+import type { ChainBuffer } from "../../src/driver/virtqueue.ts";
 import { VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY } from "../../src/layout/virtio.ts";
 import { PlainDevice } from "./plain-device.ts";
 
@@ -196,11 +197,7 @@ describe("receiving used buffers (2.7.14)", () => {
       }
       expect([driver.pop(), driver.pop(), driver.pop()]).toEqual([...heads, -1]);
     }
-    expect([driver.availIdx, driver.lastUsed, driver.numFree]).toEqual([
-      (65530 + 40) & 0xffff,
-      (65530 + 40) & 0xffff,
-      8,
-    ]);
+    expect([driver.lastUsed, driver.numFree]).toEqual([(65530 + 40) & 0xffff, 8]);
   });
 });
 
