@@ -88,7 +88,6 @@ export const U64_SIZE = 8;
 export const VRING_STATE_SIZE = 8;
 export const VRING_STATE_INDEX = 0;
 export const VRING_STATE_NUM = 4;
-export const VRING_BASE_MAX = 65535;
 
 // struct vhost_vring_addr: u32 index, u32 flags, u64 desc, u64 used, u64 avail, u64 log; used comes before avail
 export const VRING_ADDR_SIZE = 40;

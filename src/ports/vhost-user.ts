@@ -5,11 +5,8 @@
  * settles, the pollers already work by the new state, and the session may acknowledge.
  */
 import { ProtocolError } from "../errors.ts";
-import { VRING_ENABLED, VRING_EVENT_IDX, VRING_INDIRECT, VRING_MERGEABLE } from "../layout/lane.ts";
+import { VRING_ENABLED, VRING_EVENT_IDX, VRING_INDIRECT, VRING_MERGEABLE, VRING_PACKED } from "../layout/lane.ts";
 import {
-  AVAIL_ENTRY_SIZE,
-  AVAIL_RING,
-  DESC_SIZE,
   NET_CONFIG_MAC,
   NET_CONFIG_MAX_VIRTQUEUE_PAIRS,
   NET_CONFIG_MTU,
@@ -17,9 +14,10 @@ import {
   NET_CONFIG_STATUS,
   NET_HDR_SIZE,
   NET_HDR_SIZE_LEGACY,
-  USED_ENTRY_SIZE,
-  USED_RING,
   VIRTIO_F_ANY_LAYOUT,
+  VIRTIO_F_IN_ORDER,
+  VIRTIO_F_RING_PACKED,
+  VIRTIO_F_RING_RESET,
   VIRTIO_F_VERSION_1,
   VIRTIO_NET_F_MAC,
   VIRTIO_NET_F_MQ,
@@ -30,9 +28,12 @@ import {
   VIRTIO_RING_F_INDIRECT_DESC,
 } from "../layout/virtio.ts";
 import { GuestMemory } from "../memory/guest-memory.ts";
+import { areaSizes, ringForm } from "../vhost-user/areas.ts";
 import type { Device, MemoryRegion, Vring } from "../vhost-user/device.ts";
+import { startPosition } from "../vhost-user/position.ts";
 import { Server, type ServerEvent } from "../vhost-user/server.ts";
 import type { Area, Change, GuestPort, RunningVring } from "./port.ts";
+import { areaView, packedFlags } from "./ring-memory.ts";
 import type { VhostUserSpec } from "./spec.ts";
 
 /** Virtio features offered whatever the number of queues. */
@@ -42,6 +43,11 @@ const FEATURES = [
   VIRTIO_RING_F_INDIRECT_DESC,
   VIRTIO_RING_F_EVENT_IDX,
   VIRTIO_F_VERSION_1,
+  VIRTIO_F_RING_PACKED,
+  // The core gives chains back in the order in which it took them.
+  VIRTIO_F_IN_ORDER,
+  // The reset of one virtqueue is its stop and start here.
+  VIRTIO_F_RING_RESET,
 ];
 
 interface VhostUserOptions extends Omit<VhostUserSpec, "kind" | "text"> {
@@ -166,28 +172,34 @@ export class VhostUserPort implements GuestPort, Device {
     });
   }
 
+  /** @param start the start of a virtqueue that runs; undefined: it starts now */
   #setVring(vring: Vring, start: symbol | undefined): void {
-    const { index, size, base, kick, call, err } = vring;
-    const hasEvents = this.#has(VIRTIO_RING_F_EVENT_IDX);
-    const event = hasEvents ? 2 : 0;
-    this.#vrings.set(index, {
+    const { index, size, kick, call, err } = vring;
+    const form = ringForm(this.#acknowledged);
+    const sizes = areaSizes(size, form);
+    const running: RunningVring = {
       start: start ?? Symbol(`start of virtqueue ${index}`),
       size,
-      base,
-      desc: this.#area(vring.desc, DESC_SIZE * size, index),
-      avail: this.#area(vring.avail, AVAIL_RING + AVAIL_ENTRY_SIZE * size + event, index),
-      used: this.#area(vring.used, USED_RING + USED_ENTRY_SIZE * size + event, index),
+      base: vring.base,
+      desc: this.#area(vring.desc, sizes.desc, index),
+      avail: this.#area(vring.avail, sizes.avail, index),
+      used: this.#area(vring.used, sizes.used, index),
       headerBytes:
         this.#has(VIRTIO_F_VERSION_1) || this.#has(VIRTIO_NET_F_MRG_RXBUF) ? NET_HDR_SIZE : NET_HDR_SIZE_LEGACY,
       flags:
         (vring.enabled ? VRING_ENABLED : 0) |
-        (hasEvents ? VRING_EVENT_IDX : 0) |
+        (form.isPacked ? VRING_PACKED : 0) |
+        (form.hasEventIndex ? VRING_EVENT_IDX : 0) |
         (this.#has(VIRTIO_RING_F_INDIRECT_DESC) ? VRING_INDIRECT : 0) |
         (this.#has(VIRTIO_NET_F_MRG_RXBUF) ? VRING_MERGEABLE : 0),
       kick,
       call,
       err,
-    });
+    };
+    if (start === undefined && form.isPacked) {
+      running.base = startPosition(vring.base, packedFlags(areaView(this.memory, running.desc, sizes.desc)));
+    }
+    this.#vrings.set(index, running);
   }
 
   #area(gpa: bigint, sizeBytes: number, index: number): Area {

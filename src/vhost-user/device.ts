@@ -17,15 +17,21 @@ export interface MemoryRegion {
   fd: number;
 }
 
-/** One started virtqueue, its addresses translated to guest physical ones, aligned and each inside one region. */
+/**
+ * One started virtqueue, its addresses translated to guest physical ones, aligned and each inside one region. With
+ * VIRTIO_F_RING_PACKED acknowledged: the descriptor ring and the driver's and the device's event suppression structure.
+ */
 export interface Vring {
   index: number;
-  /** Entries; a power of two, at most 32768. */
+  /** Entries, at most 32768; of a split ring a power of two. */
   size: number;
   desc: bigint;
   avail: bigint;
   used: bigint;
-  /** Next avail index (mod 2^16) when the ring starts; of no meaning in updateVring and setMemory. */
+  /**
+   * Next avail index (mod 2^16) when the ring starts, of a packed ring the position (slot | wrap counter << 15), which the
+   * ring itself may belie; of no meaning in updateVring and setMemory.
+   */
   base: number;
   enabled: boolean;
   /** Eventfds (call and err may be sockets); undefined: poll, or do not notify. Owned by the session. */
@@ -58,7 +64,7 @@ export interface Device {
   removeMemory(gpa: bigint): Promise<void>;
   /** From the next instant the ring is processed; it is scanned at once. */
   startVring(vring: Vring): Promise<void>;
-  /** After this settles the device touches neither the ring nor its fds. Resolves to the next avail index. */
+  /** After this settles the device touches neither the ring nor its fds. Resolves to the next avail index or position. */
   stopVring(index: number): Promise<number>;
   /** The enable bit or an fd of a started ring changed. The old fd is no longer used once it settles. */
   updateVring(vring: Vring): Promise<void>;

@@ -8,6 +8,7 @@
 import { connect } from "../../native/socket.ts";
 import { ConfigError, ProtocolError } from "../errors.ts";
 import * as L from "../layout/vhost-user.ts";
+import type { Areas } from "./areas.ts";
 import {
   closeFds,
   decodeU64,
@@ -22,7 +23,6 @@ import {
 } from "./codec.ts";
 import type { ConfigRange, Message, RegionRecord } from "./codec.ts";
 import { Connection } from "./connection.ts";
-import type { Areas } from "./vring.ts";
 
 const REPLY_TIMEOUT_MS = 30_000;
 const NOTHING = Buffer.alloc(0);
@@ -100,11 +100,12 @@ export class Frontend implements Disposable {
     await this.command(L.VHOST_USER_SET_VRING_ADDR, encodeVringAddress({ index, flags: 0, log: 0n, ...areas }));
   }
 
+  /** @param num next avail index; of a packed ring encodePackedBase() of its position */
   async setVringBase(index: number, num: number): Promise<void> {
     await this.command(L.VHOST_USER_SET_VRING_BASE, encodeVringState({ index, num }));
   }
 
-  /** Stops the ring. Resolves to its next avail index. */
+  /** Stops the ring. Resolves to its next avail index, of a packed ring to two positions: decodePackedBase(). */
   async getVringBase(index: number): Promise<number> {
     return decodeVringState(await this.request(L.VHOST_USER_GET_VRING_BASE, encodeVringState({ index, num: 0 }))).num;
   }

@@ -9,7 +9,7 @@ import { fdKind, isWritable, setNonBlocking } from "../../native/fd.ts";
 import type { FdKind } from "../../native/fd.ts";
 import { ProtocolError } from "../errors.ts";
 import * as L from "../layout/vhost-user.ts";
-import { MTU_MAX, MTU_MIN, VRING_SIZE_MAX } from "../layout/virtio.ts";
+import { MTU_MAX, MTU_MIN } from "../layout/virtio.ts";
 import {
   decodeConfig,
   decodeMemTable,
@@ -80,15 +80,13 @@ export const remMemReg: Handler = (state, { payload }) => state.removeMemory(dec
 export const setVringNum: Handler = async (state, { payload }) => {
   const { index, num } = decodeVringState(payload);
   const ring = state.settableVring(index);
-  if (num < 1 || num > VRING_SIZE_MAX || (num & (num - 1)) !== 0) {
-    throw new ProtocolError(`ring ${index}: size ${num}, expected a power of two from 1 to ${VRING_SIZE_MAX}`);
-  }
+  ring.checkSize(num, state.form);
   await state.configure(ring, { size: num });
 };
 
 export const setVringAddr: Handler = async (state, { payload }) => {
   const address = decodeVringAddress(payload);
-  const areas = checkAddresses(address);
+  const areas = checkAddresses(address, state.form);
   const { addresses: before, running } = state.vring(address.index);
   const isSame = before?.desc === areas.desc && before.avail === areas.avail && before.used === areas.used;
   if (running && isSame) return;
@@ -98,13 +96,13 @@ export const setVringAddr: Handler = async (state, { payload }) => {
 export const setVringBase: Handler = (state, { payload }) => {
   const { index, num } = decodeVringState(payload);
   const ring = state.settableVring(index);
-  if (num > L.VRING_BASE_MAX) throw new ProtocolError(`ring ${index}: base ${num}, a split ring's has 16 bits`);
-  ring.base = num;
+  ring.base = ring.decodeBase(num, state.form);
 };
 
 export const getVringBase: Handler = async (state, { payload }) => {
   const ring = state.vring(decodeVringState(payload).index);
-  return encodeVringState({ index: ring.index, num: await state.stop(ring) });
+  await state.stop(ring);
+  return encodeVringState({ index: ring.index, num: ring.encodeBase(state.form) });
 };
 
 export const setVringKick: Handler = async (state, message) => {

@@ -18,17 +18,13 @@ import {
   VHOST_USER_PROTOCOL_F_RESET_DEVICE,
   VHOST_USER_PROTOCOL_F_STATUS,
 } from "../layout/vhost-user.ts";
-import {
-  VHOST_USER_F_PROTOCOL_FEATURES,
-  VIRTIO_CONFIG_S_FEATURES_OK,
-  VIRTIO_NET_F_MTU,
-  VIRTIO_RING_F_EVENT_IDX,
-} from "../layout/virtio.ts";
+import { VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_NET_F_MTU } from "../layout/virtio.ts";
+import { ringForm } from "./areas.ts";
+import type { Areas, RingForm } from "./areas.ts";
 import type { RegionRecord } from "./codec.ts";
 import type { Device, MemoryRegion, Vring } from "./device.ts";
 import { hex, MemoryTable } from "./memory-table.ts";
 import { VringState } from "./vring.ts";
-import type { Areas } from "./vring.ts";
 
 export const PROTOCOL_FEATURES_BIT = bit(VHOST_USER_F_PROTOCOL_FEATURES);
 
@@ -84,6 +80,11 @@ export class SessionState {
     return ring;
   }
 
+  /** The form of the rings by the features acknowledged, so far split ones. */
+  get form(): RingForm {
+    return ringForm(this.features ?? 0n);
+  }
+
   isNegotiated(protocolFeature: number): boolean {
     return (this.protocolFeatures & bit(protocolFeature)) !== 0n;
   }
@@ -129,11 +130,10 @@ export class SessionState {
     }
   }
 
-  /** Ends the ring. Returns its next avail index. */
-  async stop(ring: VringState): Promise<number> {
+  /** Ends the ring; its base is where it stopped. */
+  async stop(ring: VringState): Promise<void> {
     if (ring.running !== undefined) await this.#pause(ring);
-    ring.stopped(ring.base);
-    return ring.base;
+    ring.stopped();
   }
 
   async enable(ring: VringState, enabled: boolean): Promise<void> {
@@ -202,12 +202,13 @@ export class SessionState {
     if (!ring.kicked || ring.running !== undefined) return;
     const areas = this.#translate(ring, this.#table);
     if (areas === undefined) return;
-    await this.device.startVring(ring.at(areas));
+    ring.checkStartable(this.form);
+    await this.device.startVring(ring.at(areas, this.form));
     ring.running = areas;
   }
 
   async #update(ring: VringState): Promise<void> {
-    if (ring.running !== undefined) await this.device.updateVring(ring.at(ring.running));
+    if (ring.running !== undefined) await this.device.updateVring(ring.at(ring.running, this.form));
   }
 
   /** Stops the ring on the device; it keeps its fds and addresses and will go on from where it stopped. */
@@ -223,7 +224,7 @@ export class SessionState {
     try {
       for (const [ring, areas] of placed) if (areas === undefined) await this.#pause(ring);
       const kept: Vring[] = [];
-      for (const [ring, areas] of placed) if (areas !== undefined) kept.push(ring.at(areas));
+      for (const [ring, areas] of placed) if (areas !== undefined) kept.push(ring.at(areas, this.form));
       await apply(kept);
     } catch (error) {
       await this.#startAll();
@@ -254,7 +255,7 @@ export class SessionState {
 
   #translate(ring: VringState, table: MemoryTable) {
     const space = this.isNegotiated(VHOST_USER_PROTOCOL_F_GPA_ADDRESSES) ? "gpa" : "userAddress";
-    return ring.translate(table, space, ((this.features ?? 0n) & bit(VIRTIO_RING_F_EVENT_IDX)) !== 0n);
+    return ring.translate(table, space, this.form);
   }
 }
 

@@ -1,12 +1,23 @@
-/** What the options of a vhost-user port change for its front-end, and what stays away without them. */
-import { mkdtempSync, rmSync } from "node:fs";
+/** What a vhost-user port offers, what its options change, and how it finds the place where a packed ring goes on. */
+import { mkdtempSync, rmSync, writeSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { close } from "../../native/libc.ts";
+import { memfdCreate } from "../../native/memfd.ts";
 import { listen } from "../../native/socket.ts";
 import { Relay, type PortText } from "../../src/index.ts";
 import * as L from "../../src/layout/vhost-user.ts";
-import { VIRTIO_NET_F_MAC, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS } from "../../src/layout/virtio.ts";
+import {
+  VHOST_USER_F_PROTOCOL_FEATURES,
+  VIRTIO_F_IN_ORDER,
+  VIRTIO_F_RING_PACKED,
+  VIRTIO_F_RING_RESET,
+  VIRTIO_F_VERSION_1,
+  VIRTIO_NET_F_MAC,
+  VIRTIO_NET_F_MTU,
+  VIRTIO_NET_F_STATUS,
+} from "../../src/layout/virtio.ts";
 import { Frontend } from "../../src/vhost-user/frontend.ts";
 
 const REPLY_ACK = L.VHOST_USER_PROTOCOL_F_REPLY_ACK;
@@ -104,4 +115,37 @@ describe("queue-unit=", () => {
 it("{ fd } serves a socket that the program opened", async () => {
   const { features } = await connect({ fd: listen(path) });
   expect(features).toContain(32);
+});
+
+describe("packed rings", () => {
+  const SIZE = 16;
+  const AVAIL = 1 << 7;
+  const USED = 1 << 15;
+
+  /** Starts receiveq 0, whose descriptors have these flags, and stops it again. */
+  async function baseOf(base: number, flags: number[]): Promise<number> {
+    const { frontend, features } = await connect(`vhost-user:${path}`);
+    for (const bit of [VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_RESET]) expect(features).toContain(bit);
+    const acknowledged = [VIRTIO_F_VERSION_1, VIRTIO_F_RING_PACKED, VHOST_USER_F_PROTOCOL_FEATURES];
+    await negotiate(frontend, REPLY_ACK);
+    await frontend.setFeatures(acknowledged.reduce((mask, bit) => mask | (1n << BigInt(bit)), 0n));
+    const fd = memfdCreate("guest", 0x10000);
+    for (const [slot, value] of flags.entries()) writeSync(fd, Uint16Array.of(value), 0, 2, 0x1000 + slot * 16 + 14);
+    await frontend.setMemTable([{ gpa: 0n, sizeBytes: 0x10000n, userAddress: 0n, mmapOffset: 0n, fd }]);
+    close(fd);
+    await frontend.setVringNum(0, SIZE);
+    await frontend.setVringBase(0, base);
+    await frontend.setVringAddr(0, { desc: 0x1000n, avail: 0x2000n, used: 0x3000n });
+    await frontend.setVringKick(0);
+    return frontend.getVringBase(0);
+  }
+
+  it("PROTOCOL, 5: the base counts where the ring does not belie it", async () => {
+    expect(await baseOf(0x8000_8000, Array(SIZE).fill(AVAIL))).toBe(0x8000_8000);
+  });
+
+  it("PROTOCOL, 5: a back-end that was killed left its position in the ring", async () => {
+    const flags = Array.from({ length: SIZE }, (_, slot) => (slot < 5 ? AVAIL | USED : AVAIL));
+    expect(await baseOf(0x8000_8000, flags)).toBe(0x8005_8005);
+  });
 });

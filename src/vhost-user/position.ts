@@ -1,0 +1,116 @@
+/**
+ * Positions in a packed ring, and from which one a ring goes on.
+ *
+ * Truth: virtio 1.3, 2.8.1 (wrap counters) and 2.8.21; docs/PROTOCOL.md, 5 ("where a packed ring goes on"). A position
+ * is a slot and the wrap counter there, index | wrap << 15; a ring begins at slot 0 with wrap counter 1. Pure functions
+ * of numbers: the holder copies the flags out of guest memory once.
+ */
+import {
+  VRING_DESC_F_NEXT,
+  VRING_PACKED_DESC_F_AVAIL,
+  VRING_PACKED_DESC_F_USED,
+  VRING_PACKED_EVENT_F_WRAP_CTR,
+} from "../layout/virtio.ts";
+
+const WRAP = 1 << VRING_PACKED_EVENT_F_WRAP_CTR;
+const INDEX_MASK = WRAP - 1;
+
+/** Where a ring begins. */
+export const FIRST_POSITION = WRAP;
+
+export function positionIndex(position: number): number {
+  return position & INDEX_MASK;
+}
+
+export function positionWrap(position: number): 0 | 1 {
+  return (position & WRAP) === 0 ? 0 : 1;
+}
+
+export function makePosition(index: number, wrap: number): number {
+  return index | (wrap === 0 ? 0 : WRAP);
+}
+
+/** The position `count` slots further on, at most a whole ring. */
+export function advance(position: number, count: number, size: number): number {
+  const index = positionIndex(position) + count;
+  return index < size
+    ? makePosition(index, positionWrap(position))
+    : makePosition(index - size, 1 - positionWrap(position));
+}
+
+/** The 32 bits of SET and GET_VRING_BASE: next avail position below, next used position above. */
+export function encodePackedBase(position: number): number {
+  return ((position << 16) | position) >>> 0;
+}
+
+/**
+ * The position where a device goes on: what was taken and not used must be taken again, so it is the used half. Some
+ * front-ends and back-ends leave that half 0 (PROTOCOL, 13.9).
+ */
+export function decodePackedBase(base: number): number {
+  const used = base >>> 16;
+  return used === 0 ? base & 0xffff : used;
+}
+
+/**
+ * Where the device goes on in a ring, by the flags of all its descriptors: at `base`, unless the ring itself says that
+ * the base is stale. The front-end of a back-end that was killed cannot know how far that one got; the ring does,
+ * because our core sets the used bit of every slot of a chain that it gives back.
+ */
+export function startPosition(base: number, flags: Uint16Array): number {
+  const ring = readPosition(flags);
+  return ring !== undefined && isStale(base, ring, flags) ? ring : base;
+}
+
+/**
+ * The position that the ring shows: in the lap with wrap counter w the used bit is w before it and not w from it on.
+ * Undefined if the used bits do not look like that, as those of a device may that marks only the first slot of a chain.
+ * One more pattern is ours: a batch is written from its second slot on, then published by its first one; killed in
+ * between, the slot of the position is followed by some that look used.
+ */
+export function readPosition(flags: Uint16Array): number | undefined {
+  const size = flags.length;
+  const wrap = usedBit(flags, 0);
+  const runEnd = (from: number, bit: number) => {
+    let slot = from;
+    while (slot < size && usedBit(flags, slot) === bit) slot++;
+    return slot;
+  };
+  const first = runEnd(0, wrap);
+  if (first === size) return makePosition(0, 1 - wrap);
+  const second = runEnd(first, 1 - wrap);
+  const isUnpublishedBatch = second === first + 1 && runEnd(runEnd(second, wrap), 1 - wrap) === size;
+  return second === size || isUnpublishedBatch ? makePosition(first, wrap) : undefined;
+}
+
+/** Whether the device must have got further than `base`, if `ring` is what the ring shows. */
+function isStale(base: number, ring: number, flags: Uint16Array): boolean {
+  const index = positionIndex(base);
+  const wrap = positionWrap(base);
+  if (index >= flags.length) return true;
+  for (let slot = index; slot < flags.length; slot++) if (usedBit(flags, slot) === wrap) return true;
+  for (let slot = 0; slot < index; slot++) {
+    // Neither made available in this lap nor used in it: this lap has not come here.
+    if (availBit(flags, slot) !== wrap && usedBit(flags, slot) !== wrap) return true;
+  }
+  return isBehindInLap(ring, base) && !isChainTail(flags, positionIndex(ring), index);
+}
+
+/** Two laps later in a ring that is full again all slots before `base` are available, as if none had been used. */
+function isBehindInLap(ring: number, base: number): boolean {
+  return positionWrap(ring) === positionWrap(base) && positionIndex(ring) < positionIndex(base);
+}
+
+/** Whether these slots can be the rest of one used chain, of a device that marks first slots only. */
+function isChainTail(flags: Uint16Array, start: number, end: number): boolean {
+  for (let slot = start; slot < end - 1; slot++) if (((flags[slot] ?? 0) & VRING_DESC_F_NEXT) === 0) return false;
+  return true;
+}
+
+function availBit(flags: Uint16Array, slot: number): 0 | 1 {
+  return (((flags[slot] ?? 0) >> VRING_PACKED_DESC_F_AVAIL) & 1) as 0 | 1;
+}
+
+function usedBit(flags: Uint16Array, slot: number): 0 | 1 {
+  return (((flags[slot] ?? 0) >> VRING_PACKED_DESC_F_USED) & 1) as 0 | 1;
+}
