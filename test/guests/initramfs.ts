@@ -1,35 +1,27 @@
 /**
- * Builds the user-mode Linux guests' initramfs from what Debian's packages have installed: busybox, iperf3 with its
- * libraries, the kernel's own virtio_net modules, and an /init that serves commands.
+ * Builds the Linux guests' initramfs from what Debian's packages have installed: busybox, iperf3 and ethtool with their
+ * libraries, the kernel's own virtio modules, and an /init that serves commands.
  *
  * The archive format is cpio "newc" (Linux: Documentation/driver-api/early-userspace/buffer-format.rst), written here
  * because that needs neither root for the device node nor a staging directory. The image is kept in build/guests under
  * a name made from its sources' sizes and times, so an updated package or a changed /init makes a new one.
  */
-import { execFileSync } from "node:child_process";
+import { spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import {
-  existsSync,
-  mkdirSync,
-  readdirSync,
-  readFileSync,
-  realpathSync,
-  renameSync,
-  statSync,
-  writeFileSync,
-} from "node:fs";
+import { existsSync, mkdirSync, readFileSync, realpathSync, renameSync, statSync, writeFileSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
+import type { Modules } from "./kernel.ts";
 import { findTool } from "./tools.ts";
 import type { Tool } from "./tools.ts";
 
 /** The line the agent writes once it takes commands. */
 export const AGENT_READY = "ready";
 
-/** The guest's console device the agent listens on. */
-export const AGENT_CONSOLE = "con1";
+/** Parameter of the kernel's command line that names the terminal, in /dev, on which the agent listens. */
+export const AGENT_TERMINAL = "agent";
 
 /**
- * /init. The agent reads lines `ID COMMAND` and answers each with one line `ID STATUS OUTPUT`; COMMAND (a shell script)
+ * /init; the kernel gives it the parameters that it does not know itself as variables. The agent reads lines `ID COMMAND` and answers each with one line `ID STATUS OUTPUT`; COMMAND (a shell script that ends at its first failure)
  * and OUTPUT (both streams) are base64, so neither can be mistaken for anything else. Commands run one after the other.
  */
 const init = `#!/bin/sh
@@ -39,12 +31,12 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 for module in $(cat /modules/order); do insmod "/modules/$module"; done
 ip link set lo up
-exec 3<>/dev/tty1
+exec 3<>"/dev/$${AGENT_TERMINAL}"
 stty raw -echo <&3
 echo ${AGENT_READY} >&3
 while read -r id command <&3; do
   echo "$command" | base64 -d >/tmp/command
-  sh /tmp/command >/tmp/output 2>&1 </dev/null 3>&-
+  sh -e /tmp/command >/tmp/output 2>&1 </dev/null 3>&-
   status=$?
   echo "$id $status $(base64 /tmp/output | tr -d '\\n')" >&3
 done
@@ -63,14 +55,14 @@ interface Entry {
   readonly device?: readonly [major: number, minor: number];
 }
 
-/** Returns the path of an initramfs for the installed user-mode Linux, building it if there is none yet. */
-export function buildInitramfs(): string {
-  const files = new Map<string, string>([
-    ["bin/busybox", tool("busybox")],
-    ["bin/iperf3", tool("iperf3")],
-    ...sharedLibraries(tool("iperf3")).map((path): [string, string] => [path.slice(1), path]),
-  ]);
-  const modules = moduleClosure("virtio_net");
+/** What the guests' kernels and programs come from. */
+export const INITRAMFS_TOOLS = ["busybox", "iperf3", "ethtool"] as const;
+
+/** Returns the path of an initramfs for a kernel with these modules, building it if there is none yet. */
+export function buildInitramfs(kernel: Modules): string {
+  const files = new Map(INITRAMFS_TOOLS.map((name): [string, string] => [`bin/${name}`, tool(name)]));
+  for (const path of [...files.values()].flatMap(sharedLibraries)) files.set(path.slice(1), path);
+  const modules = moduleClosure(kernel);
   for (const module of modules) files.set(`modules/${basename(module)}`, module);
 
   const hash = createHash("sha256").update(init);
@@ -116,26 +108,20 @@ function tool(name: Tool): string {
 
 /** The libraries a dynamic executable loads, its interpreter among them. */
 function sharedLibraries(executable: string): string[] {
-  return execFileSync("ldd", [executable], { encoding: "utf8" }).match(/\/\S+(?= \()/g) ?? [];
+  const { stdout } = spawnSync("ldd", [executable], { encoding: "utf8" }); // it fails for a static one
+  return stdout.match(/\/\S+(?= \()/g) ?? [];
 }
 
-/** Module files of the newest installed user-mode Linux, dependencies first. */
-function moduleClosure(module: string): string[] {
-  const releases = "/usr/lib/uml/modules";
-  const release = readdirSync(releases)
-    .toSorted((a, b) => a.localeCompare(b, "en", { numeric: true }))
-    .at(-1);
-  if (release === undefined) throw new Error(`no kernel modules in ${releases}; reinstall user-mode-linux`);
-  const dependencies = readFileSync(join(releases, release, "modules.dep"), "utf8");
+/** Files of these modules, dependencies first. */
+function moduleClosure({ directory, load }: Modules): string[] {
   // modules.dep(5): `module: dependencies`, the one to load first last
-  const line = dependencies.split("\n").find((entry) => entry.split(":")[0]?.endsWith(`/${module}.ko`));
-  if (line === undefined) throw new Error(`user-mode Linux ${release} has no module ${module}`);
-  return line
-    .replace(":", "")
-    .trim()
-    .split(/\s+/)
-    .toReversed()
-    .map((path) => join(releases, release, path));
+  const lines = readFileSync(join(directory, "modules.dep"), "utf8").split("\n");
+  const files = load.flatMap((module) => {
+    const line = lines.find((entry) => entry.split(":")[0]?.endsWith(`/${module}.ko`));
+    if (line === undefined) throw new Error(`the kernel of ${directory} has no module ${module}`);
+    return line.replace(":", "").trim().split(/\s+/).toReversed();
+  });
+  return [...new Set(files)].map((path) => join(directory, path));
 }
 
 /** All directories above these paths, parents first. */

@@ -32,18 +32,18 @@ export class Program implements AsyncDisposable {
 
   /**
    * @param command the executable and its arguments; standard input is a pipe
-   * @param options.channel also opens file descriptor 3, a bidirectional stream (see `channel`)
+   * @param options.channels how many bidirectional streams to open for it, from file descriptor 3 on (see `channel`)
    */
   constructor(
     name: string,
     command: readonly string[],
-    options: { env?: Record<string, string>; channel?: boolean } = {},
+    options: { env?: Record<string, string>; channels?: number } = {},
   ) {
     this.name = name;
     this.#child = spawn("setpriv", [...endWithParent, ...command], {
       detached: true,
       env: { ...process.env, ...options.env },
-      stdio: options.channel ? ["pipe", "pipe", "pipe", "pipe"] : ["pipe", "pipe", "pipe"],
+      stdio: Array.from({ length: 3 + (options.channels ?? 0) }, () => "pipe" as const),
     });
     for (const stream of [this.#child.stdout, this.#child.stderr]) {
       stream?.setEncoding("utf8").on("data", (text: string) => (this.#output += text));
@@ -74,8 +74,9 @@ export class Program implements AsyncDisposable {
     return this.#child.stdin!;
   }
 
-  get channel(): Duplex {
-    return this.#child.stdio[3] as Duplex;
+  /** The stream behind its file descriptor `fd`: a unix socket. */
+  channel(fd: number): Duplex {
+    return this.#child.stdio[fd as 3] as Duplex;
   }
 
   signal(signal: NodeJS.Signals): void {

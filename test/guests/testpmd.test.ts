@@ -1,16 +1,12 @@
 /** DPDK's virtio_user ports forward through `vhost-relay run`: a polling driver, at the rate the relay takes. */
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import { Relay } from "./relay.ts";
+import { expectNothingLost, forward } from "./testpmd-run.ts";
 import { Testpmd } from "./testpmd.ts";
-import type { Counter, PortStats, TestpmdOptions } from "./testpmd.ts";
+import type { TestpmdOptions } from "./testpmd.ts";
 import { missingTools } from "./tools.ts";
 
 const missing = missingTools("dpdk-testpmd");
-const wanted = 200_000;
-
-const total = (stats: readonly PortStats[], counter: Counter): number =>
-  stats.reduce((sum, port) => sum + port[counter], 0);
-
 describe.skipIf(missing !== undefined)(`DPDK testpmd, one link${missing ? `: ${missing}` : ""}`, () => {
   let relay: Relay;
 
@@ -23,28 +19,6 @@ describe.skipIf(missing !== undefined)(`DPDK testpmd, one link${missing ? `: ${m
   });
 
   const start = (options: Omit<TestpmdOptions, "sockets">) => Testpmd.start({ sockets: relay.sockets, ...options });
-
-  /** Puts packets on the link and lets the ports hand them back and forth until `wanted` have arrived at each. */
-  async function forward(testpmd: Testpmd): Promise<void> {
-    await testpmd.command("start tx_first 8");
-    await testpmd.statsWhen(`${wanted} packets at each port`, (ports) =>
-      ports.every(({ rxPackets }) => rxPackets > wanted),
-    );
-    await testpmd.command("stop");
-  }
-
-  /** Takes what is still on the link off it; then each port must have received all that the other one sent. */
-  async function expectNothingLost(testpmd: Testpmd): Promise<void> {
-    await testpmd.command("set fwd rxonly");
-    await testpmd.command("start");
-    const ports = await testpmd.statsWhen(
-      "every sent packet arrive",
-      (now) => total(now, "rxPackets") >= total(now, "txPackets"),
-    );
-    await testpmd.command("stop");
-    expect(ports.map(({ rxPackets }) => rxPackets)).toEqual(ports.map(({ txPackets }) => txPackets).toReversed());
-    for (const counter of ["rxErrors", "rxNombuf", "txErrors"] as const) expect(total(ports, counter)).toBe(0);
-  }
 
   test.each([
     { mergeable: true, frame: "64" },

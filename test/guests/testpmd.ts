@@ -12,6 +12,11 @@ export interface TestpmdOptions {
   readonly sockets: readonly string[];
   /** VIRTIO_NET_F_MRG_RXBUF. */
   readonly mergeable: boolean;
+  /** VIRTIO_F_RING_PACKED, for each port; default: neither. */
+  readonly packed?: readonly [boolean, boolean];
+  /** VIRTIO_F_IN_ORDER. */
+  readonly inOrder?: boolean;
+  readonly queuePairs?: number;
   readonly queueSize?: number;
   /** Longest frame the ports take; longer ones than an mbuf (2048 bytes of data) are chains. */
   readonly maxFrameBytes?: number;
@@ -46,22 +51,31 @@ export class Testpmd implements AsyncDisposable {
     }
   }
 
-  private constructor({ sockets, mergeable, queueSize = 1024, maxFrameBytes = 1518, args = [] }: TestpmdOptions) {
+  private constructor(options: TestpmdOptions) {
+    const { sockets, queueSize = 1024, queuePairs = 1, maxFrameBytes = 1518, args = [] } = options;
     const cpus = `0-${availableParallelism() - 1}`;
-    const ring = `queue_size=${queueSize},mrg_rxbuf=${mergeable ? 1 : 0},packed_vq=0`;
     // without stdbuf, what it prints would lag behind its prompt
     const command = "stdbuf -o0 dpdk-testpmd";
-    const eal = `--lcores=0@${cpus},1@${cpus} --no-huge -m 192 --no-pci --no-shconf --no-telemetry`;
-    const forwarding = "--forward-mode=io --port-topology=paired --no-mlockall --total-num-mbufs=16384";
+    const eal = `--lcores=0@${cpus},1@${cpus} --no-huge -m 256 --no-pci --no-shconf --no-telemetry`;
+    const log = "--log-level=pmd.net.virtio.init:debug";
+    const forwarding = "--forward-mode=io --port-topology=paired --no-mlockall --total-num-mbufs=24576";
     this.#program = new Program("testpmd", [
-      ...`${command} ${eal}`.split(" "),
-      ...sockets.map((path, index) => `--vdev=net_virtio_user${index},path=${path},${ring}`),
+      ...`${command} ${eal} ${log}`.split(" "),
+      ...sockets.map((path, index) => `--vdev=net_virtio_user${index},path=${path},${deviceArguments(options, index)}`),
       ...`-- --interactive ${forwarding}`.split(" "),
       `--txd=${queueSize}`,
       `--rxd=${queueSize}`,
+      `--txq=${queuePairs}`,
+      `--rxq=${queuePairs}`,
       `--max-pkt-len=${maxFrameBytes}`,
       ...args,
     ]);
+  }
+
+  /** Features that port 0 and port 1 have agreed on with the back-end. */
+  get features(): bigint[] {
+    const found = this.#program.output.matchAll(/features after negotiate = (?:0x)?([\da-f]+)/g);
+    return Array.from(found, ([, features]) => BigInt(`0x${features}`)).slice(-2);
   }
 
   /** Gives it a command; resolves to what it printed until its next prompt. */
@@ -79,6 +93,12 @@ export class Testpmd implements AsyncDisposable {
       const read = (label: string): number => Number(new RegExp(`${label}: +(\\d+)`).exec(port)?.[1]);
       return Object.fromEntries(Object.entries(counters).map(([name, label]) => [name, read(label)])) as PortStats;
     });
+  }
+
+  /** Packets that each queue of a port has received since the ports started. */
+  async queueStats(port: number): Promise<number[]> {
+    const answer = await this.command(`show port xstats ${port}`);
+    return Array.from(answer.matchAll(/^rx_q\d+_good_packets: (\d+)/gm), ([, packets]) => Number(packets));
   }
 
   /** Resolves to the first counters that `enough` accepts. */
@@ -114,4 +134,12 @@ export class Testpmd implements AsyncDisposable {
       return answer.endsWith(prompt) ? answer : undefined;
     });
   }
+}
+
+/** What virtio_user is to offer and ask for on a port. */
+function deviceArguments(options: TestpmdOptions, port: number): string {
+  const { queueSize = 1024, queuePairs = 1, mergeable, packed, inOrder = false } = options;
+  const flag = (on: boolean | undefined): number => (on ? 1 : 0);
+  const features = `mrg_rxbuf=${flag(mergeable)},packed_vq=${flag(packed?.[port])},in_order=${flag(inOrder)}`;
+  return `queue_size=${queueSize},queues=${queuePairs},${features}`;
 }

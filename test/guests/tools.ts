@@ -3,21 +3,29 @@
  */
 import { accessSync, constants } from "node:fs";
 import { delimiter, join } from "node:path";
+import { installedRelease } from "./kernel.ts";
 
 const packages = {
   "linux.uml": "user-mode-linux",
+  "qemu-system-x86_64": "qemu-system-x86",
+  "a kernel for QEMU": "linux-image-cloud-amd64",
   busybox: "busybox-static",
+  ethtool: "ethtool",
   iperf3: "iperf3",
   "dpdk-testpmd": "dpdk-dev",
 } as const;
 
 export type Tool = keyof typeof packages;
 
+/** QEMU_SYSTEM names another QEMU than the one in PATH, such as a newer one. */
+export const qemuSystem = process.env["QEMU_SYSTEM"] ?? "qemu-system-x86_64";
+
 /** The tool's path, or undefined when it is not installed. */
 export function findTool(tool: Tool): string | undefined {
-  return (process.env["PATH"] ?? "")
-    .split(delimiter)
-    .map((directory) => join(directory, tool))
+  if (tool === "a kernel for QEMU") return installedRelease();
+  const command = tool === "qemu-system-x86_64" ? qemuSystem : tool;
+  return (command.includes("/") ? [""] : (process.env["PATH"] ?? "").split(delimiter))
+    .map((directory) => join(directory, command))
     .find(isExecutable);
 }
 

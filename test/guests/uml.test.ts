@@ -5,11 +5,13 @@
  */
 import { existsSync } from "node:fs";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { expectEveryPing } from "./guest-traffic.ts";
+import { INITRAMFS_TOOLS } from "./initramfs.ts";
 import { Relay } from "./relay.ts";
 import { missingTools } from "./tools.ts";
 import { UmlGuest } from "./uml.ts";
 
-const missing = missingTools("linux.uml", "busybox", "iperf3");
+const missing = missingTools("linux.uml", ...INITRAMFS_TOOLS);
 const seconds = Number(process.env["GUEST_TRAFFIC_SECONDS"] ?? (process.env["CI"] === "true" ? 10 : 2));
 
 /** iperf3's option for the direction of traffic; its client runs on the second guest. */
@@ -33,11 +35,6 @@ describe.skipIf(missing !== undefined)(`two Linux guests, one link${missing ? `:
 
   const bootA = () => UmlGuest.boot({ socket: relay.sockets[0], ip: "10.0.0.1" });
   const bootB = () => UmlGuest.boot({ socket: relay.sockets[1], ip: "10.0.0.2" });
-
-  async function expectEveryPing(from: UmlGuest, to: UmlGuest, payloadBytes: number): Promise<void> {
-    const output = await from.check(`ping -q -A -c 50 -s ${payloadBytes} ${to.ip}`);
-    expect(output).toContain("50 packets transmitted, 50 packets received, 0% packet loss");
-  }
 
   async function iperf(direction: Direction, ...options: string[]): Promise<IperfReport> {
     const command = ["iperf3 --json --client", a.ip, "--time", seconds, direction, ...options].join(" ");

@@ -1,0 +1,133 @@
+/**
+ * A QEMU guest: Debian's kernel and virtio_net driver on an emulated CPU (TCG: needs neither KVM nor root), its memory
+ * in memfds, its NIC's virtqueues in the back-end.
+ *
+ * File descriptor 3 of QEMU is the agent's serial port, 4 the machine protocol (QMP); the console is its output.
+ */
+import { spawnSync } from "node:child_process";
+import { mkdtempSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { createInterface } from "node:readline";
+import { AGENT_TERMINAL, buildInitramfs } from "./initramfs.ts";
+import { qemuKernel } from "./kernel.ts";
+import { LinuxGuest, macOf } from "./linux-guest.ts";
+import type { GuestOptions } from "./linux-guest.ts";
+import { Program } from "./program.ts";
+import { qemuSystem } from "./tools.ts";
+
+export interface QemuOptions extends GuestOptions {
+  /** VIRTIO_F_RING_PACKED, if the back-end offers it. */
+  readonly packed?: boolean;
+  /** Queue pairs, each with a CPU of its own. */
+  readonly queuePairs?: number;
+  /** A device before virtio 1.0. */
+  readonly legacy?: boolean;
+  /** QEMU listens on `socket`, and starts the guest when the back-end has come. Otherwise it dials, again every second. */
+  readonly listen?: boolean;
+  /** How far plugMemory() may take the guest's memory. */
+  readonly memoryMaxMiB?: number;
+}
+
+/** Prints the memory that the guest's kernel uses. */
+const TOTAL_KIB = "awk '/MemTotal/ {print $2}' /proc/meminfo";
+
+interface QmpReply {
+  readonly return?: unknown;
+  readonly error?: { readonly desc: string };
+}
+
+export class QemuGuest extends LinuxGuest {
+  #replies: QmpReply[] = [];
+  #dimms = 0;
+
+  /** Resolves when eth0 is up and the guest takes commands. */
+  static async boot(options: QemuOptions): Promise<QemuGuest> {
+    const guest = await new QemuGuest(options).booted();
+    await guest.#qmp("qmp_capabilities", {});
+    return guest;
+  }
+
+  private constructor(options: QemuOptions) {
+    const program = new Program(`guest ${options.ip}`, [qemuSystem, ...machine(options)], { channels: 2 });
+    super(options.ip, program, mkdtempSync(join(tmpdir(), "qemu-")));
+    program.channel(4).on("error", () => {});
+    createInterface({ input: program.channel(4) }).on("line", (line) => {
+      const message = JSON.parse(line) as QmpReply;
+      if ("return" in message || "error" in message) this.#replies.push(message);
+    });
+  }
+
+  /** Whether the driver and the device have agreed on a feature. */
+  async hasFeature(number: number): Promise<boolean> {
+    return (await this.check("cat /sys/class/net/eth0/device/features"))[number] === "1";
+  }
+
+  /** Plugs a memory module in, and has the guest use it. */
+  async plugMemory(sizeMiB: number): Promise<void> {
+    const id = `plugged${this.#dimms++}`;
+    const before = Number(await this.check(TOTAL_KIB));
+    const memory = { "qom-type": "memory-backend-memfd", id, size: sizeMiB * 2 ** 20, share: true };
+    await this.#qmp("object-add", memory);
+    await this.#qmp("device_add", { driver: "pc-dimm", id: `${id}-dimm`, memdev: id });
+    // the kernel hears of it by an interrupt, and brings it up in blocks
+    await this.check(`
+      until [ $(${TOTAL_KIB}) -ge ${before + sizeMiB * 1024} ]; do
+        for state in /sys/devices/system/memory/memory*/state; do
+          grep -q offline $state && echo online_kernel >$state
+        done
+      done`);
+  }
+
+  async #qmp(command: string, parameters: object): Promise<unknown> {
+    this.program.channel(4).write(`${JSON.stringify({ execute: command, arguments: parameters })}\n`);
+    const reply = await this.program.until(`an answer to ${command}`, () => this.#replies.shift());
+    if (reply.error) throw this.program.failure(`refuses ${command}: ${reply.error.desc}`);
+    return reply.return;
+  }
+}
+
+/** QEMU's arguments. */
+function machine(options: QemuOptions): string[] {
+  const { memoryMiB = 512, memoryMaxMiB, queuePairs = 1 } = options;
+  const kernel = qemuKernel();
+  const parameters = ["console=ttyS0", `${AGENT_TERMINAL}=ttyS1`, "panic=-1", "quiet", "mitigations=off", "nokaslr"];
+  return [
+    ..."-machine q35 -accel tcg,thread=multi -cpu max,la57=off -nodefaults -display none -no-reboot".split(" "),
+    ..."-chardev stdio,id=console,signal=off -serial chardev:console".split(" "),
+    ..."-chardev socket,id=agent,fd=3 -serial chardev:agent".split(" "),
+    ..."-chardev socket,id=qmp,fd=4 -mon chardev=qmp,mode=control".split(" "),
+    ...Object.entries({
+      "-smp": String(queuePairs),
+      "-m": `${memoryMiB}M${memoryMaxMiB ? `,slots=4,maxmem=${memoryMaxMiB}M` : ""}`,
+      "-object": `memory-backend-memfd,id=memory,size=${memoryMiB}M,share=on`,
+      "-numa": "node,memdev=memory",
+      "-kernel": kernel.image,
+      "-initrd": buildInitramfs(kernel.modules),
+      "-append": parameters.join(" "),
+      "-chardev": `socket,id=nic,path=${options.socket},${options.listen ? "server=on" : "reconnect=1"}`,
+      "-netdev": `vhost-user,id=nic,chardev=nic,queues=${queuePairs}`,
+      "-device": nic(options),
+    }).flat(),
+  ];
+}
+
+function nic({ ip, packed = false, queuePairs = 1, legacy = false }: QemuOptions): string {
+  const properties = [
+    "virtio-net-pci",
+    "netdev=nic",
+    `mac=${macOf(ip)}`,
+    "romfile=",
+    `packed=${packed ? "on" : "off"}`,
+  ];
+  if (queuePairs > 1) properties.push("mq=on", `vectors=${2 * queuePairs + 2}`);
+  if (legacy) properties.push("disable-modern=on", "disable-legacy=off");
+  // Without KVM, these crash when the guest masks an MSI-X vector of a vhost device.
+  if (qemuMajor() < 8) properties.push("vectors=0");
+  return properties.join(",");
+}
+
+function qemuMajor(): number {
+  const { stdout } = spawnSync(qemuSystem, ["--version"], { encoding: "utf8" });
+  return Number(/version (\d+)/.exec(stdout)?.[1]);
+}
