@@ -7,7 +7,7 @@
  * with length 0, or a broken ring. Each ring index, head, descriptor and header byte is loaded from guest memory once
  * into a local, checked there and used from there. Every loop over guest data is bounded by the ring size.
  */
-import { awaitKicks, carryFrames, ignoreKicks } from "./lane/copy";
+import { awaitKicks, carryFrames, carryInjected, ignoreKicks } from "./lane/copy";
 import { forgetExtents } from "./translate";
 
 /**
@@ -27,6 +27,14 @@ export function arm(stuck: u32): u32 {
 /** After blocking: the rings are polled again. */
 export function disarm(): void {
   ignoreKicks();
+}
+
+/**
+ * Delivers the frame at INJECT_FRAME of memory 0 before any other, or not at all if there is no room.
+ * @returns as poll: 1 frame or none, and what is due
+ */
+export function inject(length: u32): u32 {
+  return carryInjected(length);
 }
 
 /** The control plane has changed rings or extents in memory 0. */

@@ -91,12 +91,14 @@ export function peekBuffer(next: u32): u32 {
   return next == limit ? CHAIN_NONE : CHAIN_READY;
 }
 
-/** Opens the receive chain at a position, if there is one. @returns CHAIN_READY, _NONE (the lane waits then), _BROKEN */
+/** Opens the receive chain at a position, if there is one. @returns BUFFERS_READY, _NONE (the lane waits then), _BROKEN */
 export function openBuffer(position: u32): u32 {
   let found: u32 = isPacked<Destination>() ? CHAIN_READY : peekBuffer(position);
   if (found == CHAIN_READY) found = open<Destination>(position);
-  if (found == CHAIN_NONE) waitForBuffers(position);
-  return found;
+  if (found == CHAIN_READY) return BUFFERS_READY;
+  if (found == CHAIN_BROKEN) return BUFFERS_BROKEN;
+  waitForBuffers(position);
+  return BUFFERS_NONE;
 }
 
 /**
@@ -122,7 +124,7 @@ export function collectBuffers(needed: u32, position: u32, id: u32, address: u64
       }
       if (mergedSlots == size) return BUFFERS_TOO_SMALL;
       const found = openBuffer(position);
-      if (found != CHAIN_READY) return found == CHAIN_NONE ? BUFFERS_NONE : BUFFERS_BROKEN;
+      if (found != BUFFERS_READY) return found;
       id = openedId;
       address = openedAddress;
       rest = openedRest;

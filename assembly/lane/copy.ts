@@ -25,6 +25,8 @@ import {
   DESTINATION_VRING,
   FRAME_BYTES_MAX,
   FRAME_BYTES_MIN,
+  INJECT_BYTES_MAX,
+  INJECT_FRAME,
   POLL_BROKE_DESTINATION,
   POLL_BROKE_SOURCE,
   POLL_CALL_DESTINATION,
@@ -60,6 +62,7 @@ import { loadAvailIndex } from "../split";
 import { count } from "../stats";
 import { breakRing, isPacked, nextAvail, setNextAvail } from "../vring";
 import {
+  BUFFERS_BROKEN,
   BUFFERS_NONE,
   BUFFERS_READY,
   BUFFERS_TOO_SMALL,
@@ -72,7 +75,7 @@ import {
   stopWaiting,
   waitingAt,
 } from "./buffers";
-import { copyPieces } from "./pieces";
+import { copyPieces, storePieces } from "./pieces";
 import {
   LEFT_BAD_BUFFER,
   LEFT_BAD_HEAD,
@@ -203,6 +206,30 @@ export function ignoreKicks(): void {
 }
 
 /**
+ * Carries the frame that the control plane wrote to INJECT_FRAME, if the destination takes it at once.
+ * @returns POLL_*: 1 if it was delivered, and what is due
+ */
+export function carryInjected(length: u32): u32 {
+  receiving = isReceiving();
+  if (!receiving || length > <u32>INJECT_BYTES_MAX) return 0;
+  const waits = isWaiting();
+  const toHeader = load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE);
+  beginBuffers();
+  const next = nextAvail<Destination>();
+  let collected = openBuffer(next);
+  if (collected == BUFFERS_READY) {
+    collected = collectBuffers(toHeader + length, next, openedId, openedAddress, openedRest);
+  }
+  if (collected == BUFFERS_READY) {
+    storeHeaderPieces(DESTINATION_PIECES, toHeader, mergedCount());
+    storePieces(toHeader, INJECT_FRAME, length);
+    giveMerged();
+  } else if (collected == BUFFERS_BROKEN) breakDestination();
+  else if (!waits) stopWaiting();
+  return finishDestination() | (collected == BUFFERS_READY ? 1 : 0);
+}
+
+/**
  * Carries the frame of the transmit chain at a position.
  * @returns DELIVERED, DROPPED (counted): frameId and frameSlots are to be given back; NO_BUFFERS, NO_CHAIN, BROKEN: nothing was changed
  */
@@ -245,14 +272,12 @@ function deliver(fromHeader: u32): u32 {
   const next = nextAvail<Destination>();
   const toHeader = load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE);
   const needed = toHeader + <u32>frameBytes;
-  if (left == LEFT_BAD_BUFFER) return breakDestination();
-  let collected: u32;
+  let collected = BUFFERS_BROKEN;
   if (left >= LEFT_BUFFER) {
     collected = collectBuffers(needed, next, leftBufferId, leftBufferAddress, leftBufferRest);
-  } else {
-    const found = openBuffer(next);
-    if (found != CHAIN_READY) return found == CHAIN_NONE ? NO_BUFFERS : breakDestination();
-    collected = collectBuffers(needed, next, openedId, openedAddress, openedRest);
+  } else if (left != LEFT_BAD_BUFFER) {
+    collected = openBuffer(next);
+    if (collected == BUFFERS_READY) collected = collectBuffers(needed, next, openedId, openedAddress, openedRest);
   }
   if (collected == BUFFERS_READY) {
     storeHeaderPieces(DESTINATION_PIECES, toHeader, mergedCount());
@@ -261,7 +286,9 @@ function deliver(fromHeader: u32): u32 {
     return DELIVERED;
   }
   if (collected == BUFFERS_NONE) return NO_BUFFERS;
-  return collected == BUFFERS_TOO_SMALL ? drop(COUNT_DROP_TOO_SMALL) : breakDestination();
+  if (collected == BUFFERS_TOO_SMALL) return drop(COUNT_DROP_TOO_SMALL);
+  breakDestination();
+  return drop(COUNT_DROP_NO_RECEIVER);
 }
 
 function drop(reason: usize): u32 {
@@ -269,12 +296,11 @@ function drop(reason: usize): u32 {
   return DROPPED;
 }
 
-function breakDestination(): u32 {
+function breakDestination(): void {
   breakRing<Destination>();
   brokeDestination = true;
   receiving = false;
   stopWaiting();
-  return drop(COUNT_DROP_NO_RECEIVER);
 }
 
 /** Whether the destination's receiveq takes frames. */

@@ -1,4 +1,4 @@
-/** Copying a frame that lies in several pieces at either end. */
+/** Frames that lie in several pieces at either end. */
 import {
   DESTINATION_PIECES,
   PIECE_BYTES,
@@ -7,7 +7,7 @@ import {
   PIECE_SEGMENT,
   SOURCE_PIECES,
 } from "../../src/layout/lane.ts";
-import { copy } from "../guest";
+import { Destination, copy, end, store8 } from "../guest";
 
 /** Copies `length` bytes from the source pieces to the destination pieces, past the header in front of each. */
 export function copyPieces(toSkip: u32, fromSkip: u32, length: u32): void {
@@ -43,5 +43,18 @@ export function copyPieces(toSkip: u32, fromSkip: u32, length: u32): void {
       from += PIECE_BYTES;
       fromSkip = 0;
     }
+  }
+}
+
+/** Stores `length` bytes of memory 0 to the destination pieces, past the header in front. */
+export function storePieces(toSkip: u32, from: usize, length: u32): void {
+  let to: usize = DESTINATION_PIECES;
+  for (let i: u32 = 0; i < length; ++i, ++toSkip) {
+    while (toSkip >= load<u32>(to, PIECE_LENGTH)) {
+      toSkip -= load<u32>(to, PIECE_LENGTH);
+      to += PIECE_BYTES;
+    }
+    const at = load<u64>(to, PIECE_OFFSET) + toSkip;
+    store8(end<Destination>(), load<u32>(to, PIECE_SEGMENT), at, load<u8>(from + i));
   }
 }

@@ -12,6 +12,7 @@ export interface Core {
   arm(stuck: number): number;
   disarm(): void;
   refresh(): void;
+  inject(length: number): number;
 }
 
 /** A lane's private memory 0, shared with the control plane; laid out by src/layout/lane.ts. */
