@@ -8,7 +8,7 @@
 import { readSync, writeSync } from "node:fs";
 import { close } from "../../native/libc.ts";
 import { addSeals, F_SEAL_GROW, F_SEAL_SHRINK, memfdCreate } from "../../native/memfd.ts";
-import { mapShared } from "../../native/mman.ts";
+import { baseAddress, mapShared } from "../../native/mman.ts";
 import type { MemoryRegion } from "../vhost-user/device.ts";
 
 const PAGE_SIZE = 4096n;
@@ -35,9 +35,13 @@ export class Guest implements Disposable {
   /** The memory table, as SET_MEM_TABLE wants it. The fd is the guest's. */
   readonly regions: readonly MemoryRegion[];
   readonly #fd: number;
+  readonly #pageBytes: bigint;
 
-  /** @param plan regions by whole pages of 4096 bytes, not overlapping */
-  constructor(plan: readonly RegionPlan[]) {
+  /**
+   * @param plan regions by whole pages, not overlapping
+   * @param hugePageBytes size of the pages; default: 4096, which are not huge. write() cannot reach huge ones.
+   */
+  constructor(plan: readonly RegionPlan[], hugePageBytes?: number) {
     let end = 0n;
     let fileBytes = 0n;
     const places = plan.map(({ gpa, sizeBytes, fileOffset = end }) => {
@@ -45,7 +49,8 @@ export class Guest implements Disposable {
       if (end > fileBytes) fileBytes = end;
       return { gpa, sizeBytes, userAddress: USER_BASE + gpa, mmapOffset: fileOffset };
     });
-    const fd = (this.#fd = memfdCreate("guest", fileBytes));
+    const fd = (this.#fd = memfdCreate("guest", fileBytes, hugePageBytes));
+    this.#pageBytes = BigInt(hugePageBytes ?? PAGE_SIZE);
     addSeals(fd, F_SEAL_SHRINK | F_SEAL_GROW);
     this.regions = places.map((place) => ({ ...place, fd }));
   }
@@ -61,17 +66,25 @@ export class Guest implements Disposable {
    * @throws RangeError if no region holds some of it
    */
   window(gpa: bigint, sizeBytes: number): Window {
-    const first = gpa - (gpa % PAGE_SIZE);
-    const end = roundUp(gpa + BigInt(sizeBytes), PAGE_SIZE);
-    const pages = roundUp(end - first, WASM_PAGE_SIZE) / WASM_PAGE_SIZE;
+    const pageBytes = this.#pageBytes;
+    const first = gpa - (gpa % pageBytes);
+    const end = roundUp(gpa + BigInt(sizeBytes), pageBytes);
+    // a page more, for huge pages are mapped at multiples of their size, and memory begins where it likes
+    const pages = roundUp(end - first + pageBytes, WASM_PAGE_SIZE) / WASM_PAGE_SIZE;
     const memory = new WebAssembly.Memory({ initial: pages, maximum: pages, shared: true, address: "i64" });
+    const base = baseAddress(memory);
+    const lead = roundUp(base, pageBytes) - base;
     for (let at = first; at < end;) {
       const { region, rest } = this.#find(at);
       const length = rest < end - at ? rest : end - at;
-      mapShared({ memory, offset: at - first, sizeBytes: length }, this.#fd, region.mmapOffset + (at - region.gpa));
+      mapShared(
+        { memory, offset: lead + (at - first), sizeBytes: length },
+        this.#fd,
+        region.mmapOffset + (at - region.gpa),
+      );
       at += length;
     }
-    return { buffer: memory.buffer, byteOffset: Number(gpa - first), gpa, sizeBytes };
+    return { buffer: memory.buffer, byteOffset: Number(lead + (gpa - first)), gpa, sizeBytes };
   }
 
   /** Bytes of guest memory. @throws RangeError if no region holds some of them */

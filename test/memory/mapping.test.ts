@@ -1,5 +1,5 @@
 /** GuestMemory.setRegions(): which bytes are whose, what stays mapped, and that a refused table changes nothing. */
-import { fstatSync, openSync, readFileSync, readSync, writeFileSync, writeSync } from "node:fs";
+import { fstatSync, openSync, readFileSync, readSync, writeSync } from "node:fs";
 import { afterEach, describe, expect, test } from "vitest";
 import { close } from "../../native/libc.ts";
 import { memfdCreate } from "../../native/memfd.ts";
@@ -11,8 +11,8 @@ const GIB = 1n << 30n;
 const opened: number[] = [];
 afterEach(() => opened.splice(0).forEach(close));
 
-function file(sizeBytes: bigint, options: { huge?: boolean } = {}): number {
-  const fd = memfdCreate("test", sizeBytes, options);
+function file(sizeBytes: bigint): number {
+  const fd = memfdCreate("test", sizeBytes);
   opened.push(fd);
   return fd;
 }
@@ -174,40 +174,3 @@ describe("a new table", () => {
     expect(mappings(memory).length).toBe(before);
   });
 });
-
-describe("huge pages", () => {
-  const HUGE = 2n << 20n;
-
-  test("regions of a hugetlb file are placed on its pages; a part of one is mapped, but is not the guest's", (context) => {
-    const reserved = reserveHugePages(4);
-    if (reserved === undefined) return context.skip("this machine does not let us reserve huge pages");
-    try {
-      const memory = new GuestMemory();
-      const fd = file(4n * HUGE, { huge: true });
-      memory.setRegions([region(0n, 0x1000n, file(0x1000n)), region(GIB, 2n * HUGE + 0x1000n, fd, HUGE + 0x1000n)]);
-      const { segment, offset } = memory.locate(GIB, 1n)!;
-      expect((baseAddress(memory.segments[segment]!) + offset) % HUGE).toBe(0x1000n);
-      byteAt(memory, GIB + 2n * HUGE)[0] = 5;
-      expect(readByte(fd, 3n * HUGE + 0x1000n)).toBe(5);
-      expect(memory.locate(GIB + 2n * HUGE + 0x1000n, 1n)).toBeUndefined();
-      memory.clear();
-    } finally {
-      opened.splice(0).forEach(close);
-      writeFileSync("/proc/sys/vm/nr_hugepages", String(reserved));
-    }
-  });
-});
-
-/** @returns how many were reserved before; undefined if there cannot be as many more */
-function reserveHugePages(count: number): number | undefined {
-  const path = "/proc/sys/vm/nr_hugepages";
-  try {
-    const before = Number(readFileSync(path, "utf8"));
-    writeFileSync(path, String(before + count));
-    if (Number(readFileSync(path, "utf8")) === before + count) return before;
-    writeFileSync(path, String(before));
-  } catch {
-    // not root, or no huge pages in this kernel
-  }
-  return undefined;
-}
