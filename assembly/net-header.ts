@@ -2,49 +2,76 @@
  * The virtio-net header in front of every frame (virtio 1.3, 5.1.6): 12 bytes, or 10 for a legacy driver without
  * mergeable buffers.
  *
- * No offload is negotiated, so a header must ask for none; the two bytes that could are read once, with the first
- * piece, and nothing else of it is used.
+ * Its first 8 bytes are handled as one word: flags, gso_type, hdr_len, gso_size, csum_start, each read once with it.
  */
-import { NET_HDR_NUM_BUFFERS, NET_HDR_SIZE } from "../src/layout/virtio.ts";
-import { PIECE_BYTES, PIECE_LENGTH, PIECE_OFFSET, PIECE_SEGMENT } from "../src/layout/lane.ts";
-import { Destination, Source, end, load16, load8, store16, store32, store64, store8 } from "./guest";
+import { NET_HDR_CSUM_OFFSET, NET_HDR_NUM_BUFFERS, NET_HDR_SIZE } from "../src/layout/virtio.ts";
+import { PIECE_BYTES, PIECE_LENGTH, PIECE_OFFSET, PIECE_SEGMENT, SOURCE_PIECES } from "../src/layout/lane.ts";
+import { Destination, Source, end, load16, load64, load8, store16, store32, store64, store8 } from "./guest";
 
-/** Whether a header asks for an offload: flags and gso_type, its first two bytes. */
-export function isOffloadHeader(segment: u32, at: u64): bool {
-  return load16(end<Source>(), segment, at) != 0;
+/** Whether a header asks for an offload: flags and gso_type, the first two bytes of its word. */
+export function asksForOffload(word: u64): bool {
+  return (word & 0xffff) != 0;
 }
 
-/** The same of a header that lies in pieces. */
-export function asksForOffload(piece: usize): bool {
-  const segment = load<u32>(piece, PIECE_SEGMENT);
-  const at = load<u64>(piece, PIECE_OFFSET);
-  if (load<u32>(piece, PIECE_LENGTH) >= 2) return isOffloadHeader(segment, at);
-  const second = piece + PIECE_BYTES;
-  const flags = load8(end<Source>(), segment, at);
-  return (flags | load8(end<Source>(), load<u32>(second, PIECE_SEGMENT), load<u64>(second, PIECE_OFFSET))) != 0;
+export function headerOf(flags: u32, gsoType: u32, hdrLen: u32, gsoSize: u32, csumStart: u32): u64 {
+  return <u64>(flags | (gsoType << 8) | (hdrLen << 16)) | ((<u64>(gsoSize | (csumStart << 16))) << 32);
 }
 
-/** Writes a header without offloads. @param size NET_HDR_SIZE or NET_HDR_SIZE_LEGACY */
-export function storeHeader(segment: u32, at: u64, size: u32, numBuffers: u32): void {
-  store64(end<Destination>(), segment, at, 0);
-  if (size == NET_HDR_SIZE) store32(end<Destination>(), segment, at + 8, numBuffers << 16);
-  else store16(end<Destination>(), segment, at + 8, 0);
+/** The word of a header in contiguous memory. */
+export function loadHeader(segment: u32, at: u64): u64 {
+  return load64(end<Source>(), segment, at);
+}
+
+/** The word of the header that the source pieces begin with. */
+export function loadHeaderPieces(): u64 {
+  return loadPieces(0, 8);
+}
+
+/** Its csum_offset, in the two bytes after the word. */
+export function loadCsumOffset(segment: u32, at: u64): u32 {
+  return load16(end<Source>(), segment, at + NET_HDR_CSUM_OFFSET);
+}
+
+export function loadCsumOffsetPieces(): u32 {
+  return <u32>loadPieces(NET_HDR_CSUM_OFFSET, 2);
+}
+
+/** Up to 8 bytes of the source pieces, little-endian. */
+export function loadPieces(skip: u32, length: u32): u64 {
+  let piece: usize = SOURCE_PIECES;
+  let word: u64 = 0;
+  for (let i: u32 = 0; i < length; ++i, ++skip) {
+    while (skip >= load<u32>(piece, PIECE_LENGTH)) {
+      skip -= load<u32>(piece, PIECE_LENGTH);
+      piece += PIECE_BYTES;
+    }
+    const at = load<u64>(piece, PIECE_OFFSET) + skip;
+    word |= (<u64>load8(end<Source>(), load<u32>(piece, PIECE_SEGMENT), at)) << (i << 3);
+  }
+  return word;
+}
+
+/** Writes a header. @param size NET_HDR_SIZE or NET_HDR_SIZE_LEGACY */
+export function storeHeader(segment: u32, at: u64, size: u32, word: u64, csumOffset: u32, numBuffers: u32): void {
+  store64(end<Destination>(), segment, at, word);
+  if (size == NET_HDR_SIZE) store32(end<Destination>(), segment, at + 8, csumOffset | (numBuffers << 16));
+  else store16(end<Destination>(), segment, at + 8, csumOffset);
 }
 
 /** The same into pieces, which hold at least `size` bytes. */
-export function storeHeaderPieces(piece: usize, size: u32, numBuffers: u32): void {
+export function storeHeaderPieces(piece: usize, size: u32, word: u64, csumOffset: u32, numBuffers: u32): void {
   if (load<u32>(piece, PIECE_LENGTH) >= size) {
-    storeHeader(load<u32>(piece, PIECE_SEGMENT), load<u64>(piece, PIECE_OFFSET), size, numBuffers);
+    storeHeader(load<u32>(piece, PIECE_SEGMENT), load<u64>(piece, PIECE_OFFSET), size, word, csumOffset, numBuffers);
     return;
   }
+  const last = csumOffset | (numBuffers << ((<u32>(NET_HDR_NUM_BUFFERS - NET_HDR_CSUM_OFFSET)) << 3));
   let into: u32 = 0;
   for (let i: u32 = 0; i < size; ++i, ++into) {
     while (into >= load<u32>(piece, PIECE_LENGTH)) {
       piece += PIECE_BYTES;
       into = 0;
     }
-    const shift = (i - <u32>NET_HDR_NUM_BUFFERS) << 3;
-    const byte = i < <u32>NET_HDR_NUM_BUFFERS ? 0 : (numBuffers >> shift) & 0xff;
-    store8(end<Destination>(), load<u32>(piece, PIECE_SEGMENT), load<u64>(piece, PIECE_OFFSET) + into, byte);
+    const byte = i < 8 ? <u32>(word >> (i << 3)) : last >> ((i - 8) << 3);
+    store8(end<Destination>(), load<u32>(piece, PIECE_SEGMENT), load<u64>(piece, PIECE_OFFSET) + into, byte & 0xff);
   }
 }

@@ -25,6 +25,7 @@ import {
   DESTINATION_VRING,
   FRAME_BYTES_MAX,
   FRAME_BYTES_MIN,
+  HEADERS,
   INJECT_BYTES_MAX,
   INJECT_FRAME,
   POLL_BROKE_DESTINATION,
@@ -37,6 +38,7 @@ import {
   VRING_ENABLED,
   VRING_FLAGS,
   VRING_HEADER_SIZE,
+  VRING_SEGMENTS_SENT,
   VRING_SINK,
   VRING_SIZE,
 } from "../../src/layout/lane.ts";
@@ -55,7 +57,7 @@ import {
   walked,
 } from "../chain";
 import { Destination, Source } from "../guest";
-import { asksForOffload, storeHeaderPieces } from "../net-header";
+import { asksForOffload, loadCsumOffsetPieces, loadHeaderPieces, storeHeaderPieces } from "../net-header";
 import { isCallDue, isCallUndecided, requestKick, suppressKicks } from "../notify";
 import { behind, fits, give, isOffered, isRunning, open, publish, walk } from "../ring";
 import { loadAvailIndex } from "../split";
@@ -75,6 +77,17 @@ import {
   stopWaiting,
   waitingAt,
 } from "./buffers";
+import {
+  OFFLOAD_BAD,
+  OFFLOAD_NONE,
+  OFFLOAD_SEGMENT,
+  OFFLOAD_SUM,
+  completeChecksum,
+  deliveredCsumOffset,
+  deliveredWord,
+  judgeOffload,
+  noOffload,
+} from "./offload";
 import { copyPieces, storePieces } from "./pieces";
 import {
   LEFT_BAD_BUFFER,
@@ -89,12 +102,23 @@ import {
   leftBufferAddress,
   leftBufferId,
   leftBufferRest,
+  leftCsumOffset,
+  leftHeader,
   leftId,
   leftRest,
   runBytes,
   runEnd,
   skipRun,
 } from "./run";
+import {
+  beginSegments,
+  headersBytes,
+  makeSegment,
+  payloadBytes,
+  payloadStart,
+  placeSegment,
+  segments,
+} from "./segment";
 
 /** What became of one transmit chain. */
 const DELIVERED: u32 = 0;
@@ -102,15 +126,19 @@ const DROPPED: u32 = 1;
 const NO_BUFFERS: u32 = 2;
 const NO_CHAIN: u32 = 3;
 const BROKEN: u32 = 4;
+/** Of a frame that is cut, enough was done for one poll. */
+const UNFINISHED: u32 = 5;
 
 /** Whether the destination takes frames; settled anew by each poll. */
 let receiving: bool = false;
 let brokeDestination: bool = false;
 /** Of the frame delivered last. */
-let frameBytes: u64 = 0;
+let frameBytes: u32 = 0;
 /** Of the transmit chain carried last: what to give back. */
 let frameId: u32 = 0;
 let frameSlots: u32 = 0;
+/** Whether this poll delivered segments of a frame. */
+let madeSegments: bool = false;
 
 /**
  * Carries up to `budget` frames.
@@ -135,6 +163,7 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
   }
 
   let result: u32 = 0;
+  madeSegments = false;
   if (receiving) beginBuffers();
   const walkedBefore = walked;
   let taken: u32 = 0;
@@ -151,7 +180,7 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
       if (taken == limit) break;
     } else skipRun();
     let outcome = carryFrame(position, enabled);
-    if (outcome == NO_CHAIN) break;
+    if (outcome == NO_CHAIN || outcome == UNFINISHED) break;
     if (outcome == BROKEN) {
       breakRing<Source>();
       result |= POLL_BROKE_SOURCE;
@@ -159,7 +188,7 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
     }
     if (outcome == DROPPED) stopWaiting(); // whatever it waited for
     if (outcome == NO_BUFFERS) {
-      if (!dropWhenStuck || delivered) break;
+      if (!dropWhenStuck || delivered || madeSegments) break;
       count(COUNT_DROP_NO_BUFFER);
       outcome = DROPPED;
     }
@@ -167,6 +196,7 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
       ++delivered;
       bytes += frameBytes;
     }
+    store<u32>(SOURCE_VRING, 0, VRING_SEGMENTS_SENT);
     if (!fits<Source>(frameSlots)) publish<Source>();
     give<Source>(frameId, 0, frameSlots);
     position = behind<Source>(position, frameSlots);
@@ -180,7 +210,7 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
     count(COUNT_BATCHES);
   }
   // Where buffers came back the wait begins anew: this poll does not count towards it.
-  if (isWaiting() && !(dropWhenStuck && delivered)) result |= POLL_WAITING;
+  if (isWaiting() && !(dropWhenStuck && (delivered || madeSegments))) result |= POLL_WAITING;
   return result | taken | finishDestination() | decideCall<Source>(COUNT_CALLS_SOURCE, POLL_CALL_SOURCE);
 }
 
@@ -221,7 +251,7 @@ export function carryInjected(length: u32): u32 {
     collected = collectBuffers(toHeader + length, next, openedId, openedAddress, openedRest);
   }
   if (collected == BUFFERS_READY) {
-    storeHeaderPieces(DESTINATION_PIECES, toHeader, mergedCount());
+    storeHeaderPieces(DESTINATION_PIECES, toHeader, 0, 0, mergedCount());
     storePieces(toHeader, INJECT_FRAME, length);
     giveMerged();
   } else if (collected == BUFFERS_BROKEN) breakDestination();
@@ -258,33 +288,70 @@ function carryFrame(position: u32, enabled: bool): u32 {
   if (!enabled) return drop(COUNT_DROP_DISABLED);
   if (found == CHAIN_REFUSED) return drop(COUNT_DROP_MALFORMED);
   if (chainBytes < headerBytes + FRAME_BYTES_MIN || chainBytes > bytesMax) return drop(COUNT_DROP_BAD_FRAME);
-  if (left == LEFT_OFFLOAD || asksForOffload(SOURCE_PIECES)) return drop(COUNT_DROP_BAD_FRAME);
-  frameBytes = chainBytes - headerBytes;
+  frameBytes = <u32>chainBytes - headerBytes;
+  const word = left == LEFT_OFFLOAD ? leftHeader : loadHeaderPieces();
+  let offload = OFFLOAD_NONE;
+  if (asksForOffload(word)) {
+    const csumOffset = left == LEFT_OFFLOAD ? leftCsumOffset : loadCsumOffsetPieces();
+    offload = judgeOffload(word, csumOffset, headerBytes, frameBytes);
+    if (offload == OFFLOAD_BAD) return drop(COUNT_DROP_BAD_FRAME);
+  } else noOffload();
   if (!receiving) {
     if (load<u32>(DESTINATION_VRING, VRING_FLAGS) & VRING_SINK) return DELIVERED;
     return drop(COUNT_DROP_NO_RECEIVER);
   }
-  return deliver(headerBytes);
+  return offload == OFFLOAD_SEGMENT ? deliverSegments(headerBytes) : deliver(headerBytes, offload == OFFLOAD_SUM);
 }
 
 /** Copies the frame in SOURCE_PIECES, past its header of `fromHeader` bytes, into receive chains. */
-function deliver(fromHeader: u32): u32 {
-  const next = nextAvail<Destination>();
+function deliver(fromHeader: u32, needsChecksum: bool): u32 {
   const toHeader = load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE);
-  const needed = toHeader + <u32>frameBytes;
-  let collected = BUFFERS_BROKEN;
-  if (left >= LEFT_BUFFER) {
-    collected = collectBuffers(needed, next, leftBufferId, leftBufferAddress, leftBufferRest);
-  } else if (left != LEFT_BAD_BUFFER) {
-    collected = openBuffer(next);
-    if (collected == BUFFERS_READY) collected = collectBuffers(needed, next, openedId, openedAddress, openedRest);
-  }
-  if (collected == BUFFERS_READY) {
-    storeHeaderPieces(DESTINATION_PIECES, toHeader, mergedCount());
-    copyPieces(toHeader, fromHeader, <u32>frameBytes);
+  const collected = collectFor(toHeader + frameBytes, left >= LEFT_BUFFER);
+  if (collected != BUFFERS_READY) return fateWithout(collected);
+  storeHeaderPieces(DESTINATION_PIECES, toHeader, deliveredWord, deliveredCsumOffset, mergedCount());
+  copyPieces(toHeader, fromHeader, frameBytes);
+  if (needsChecksum) completeChecksum(fromHeader, toHeader, frameBytes);
+  giveMerged();
+  return DELIVERED;
+}
+
+/**
+ * The same, cut into segments. If the buffers do not suffice, those that were delivered are not made again when the
+ * chain is taken up the next time.
+ */
+function deliverSegments(fromHeader: u32): u32 {
+  if (!beginSegments(fromHeader, frameBytes)) return drop(COUNT_DROP_BAD_FRAME);
+  const toHeader = load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE);
+  const walkedBefore = walked;
+  let isOpened = left >= LEFT_BUFFER;
+  for (let number = load<u32>(SOURCE_VRING, VRING_SEGMENTS_SENT); number < segments; ++number) {
+    store<u32>(SOURCE_VRING, number, VRING_SEGMENTS_SENT);
+    if (walked - walkedBefore > WALK_MAX) return UNFINISHED;
+    placeSegment(number);
+    const collected = collectFor(toHeader + headersBytes + payloadBytes, isOpened);
+    if (collected != BUFFERS_READY) return fateWithout(collected);
+    isOpened = false;
+    makeSegment(number, fromHeader);
+    storeHeaderPieces(DESTINATION_PIECES, toHeader, 0, 0, mergedCount());
+    storePieces(toHeader, HEADERS, headersBytes);
+    copyPieces(toHeader + headersBytes, fromHeader + payloadStart, payloadBytes);
     giveMerged();
-    return DELIVERED;
+    madeSegments = true;
   }
+  return DELIVERED;
+}
+
+/** Collects buffers for so many bytes. @param isOpened the run has opened the first of them */
+function collectFor(needed: u32, isOpened: bool): u32 {
+  const next = nextAvail<Destination>();
+  if (isOpened) return collectBuffers(needed, next, leftBufferId, leftBufferAddress, leftBufferRest);
+  if (left == LEFT_BAD_BUFFER) return BUFFERS_BROKEN;
+  const found = openBuffer(next);
+  return found == BUFFERS_READY ? collectBuffers(needed, next, openedId, openedAddress, openedRest) : found;
+}
+
+/** What becomes of a frame for which there were no buffers. */
+function fateWithout(collected: u32): u32 {
   if (collected == BUFFERS_NONE) return NO_BUFFERS;
   if (collected == BUFFERS_TOO_SMALL) return drop(COUNT_DROP_TOO_SMALL);
   breakDestination();

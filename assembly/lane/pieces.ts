@@ -13,6 +13,7 @@ import { Destination, copy, end, store8 } from "../guest";
 export function copyPieces(toSkip: u32, fromSkip: u32, length: u32): void {
   let to: usize = DESTINATION_PIECES;
   let from: usize = SOURCE_PIECES;
+  if (length == 0) return; // there may be no piece behind what is skipped
   while (toSkip >= load<u32>(to, PIECE_LENGTH)) {
     toSkip -= load<u32>(to, PIECE_LENGTH);
     to += PIECE_BYTES;
@@ -44,6 +45,16 @@ export function copyPieces(toSkip: u32, fromSkip: u32, length: u32): void {
       fromSkip = 0;
     }
   }
+}
+
+/** Stores a byte to the destination pieces. */
+export function storePiecesByte(at: u32, byte: u32): void {
+  let to: usize = DESTINATION_PIECES;
+  while (at >= load<u32>(to, PIECE_LENGTH)) {
+    at -= load<u32>(to, PIECE_LENGTH);
+    to += PIECE_BYTES;
+  }
+  store8(end<Destination>(), load<u32>(to, PIECE_SEGMENT), load<u64>(to, PIECE_OFFSET) + at, byte);
 }
 
 /** Stores `length` bytes of memory 0 to the destination pieces, past the header in front. */

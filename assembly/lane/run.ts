@@ -14,6 +14,7 @@ import {
   EXTENT_SIZE,
   FRAME_BYTES_MAX,
   FRAME_BYTES_MIN,
+  OFFLOAD_CSUM,
   SOURCE_HIT,
   SOURCE_VRING,
   VRING_AVAIL,
@@ -24,6 +25,7 @@ import {
   VRING_HELD_FLAGS,
   VRING_LIMIT,
   VRING_NEXT_USED,
+  VRING_OFFLOADS,
   VRING_PUBLISHED,
   VRING_SIZE,
   VRING_UNDECIDED,
@@ -45,10 +47,11 @@ import {
 } from "../../src/layout/virtio.ts";
 import { CHAIN_READY } from "../chain";
 import { Destination, Source, atomicLoad64, copy, end, load16, load64, store16, store32, store64 } from "../guest";
-import { isOffloadHeader, storeHeader } from "../net-header";
+import { asksForOffload, loadCsumOffset, loadHeader, storeHeader } from "../net-header";
 import { OWNER, availableIn, batchRoom, usedIn } from "../packed";
 import { isPacked, nextAvail, setNextAvail, vringOf } from "../vring";
 import { peekBuffer, stopWaiting } from "./buffers";
+import { passedChecksum, passesChecksum } from "./offload";
 
 const LINKS: u32 = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT;
 
@@ -59,7 +62,7 @@ export const LEFT_BAD_HEAD: u32 = 2; // a head that is no descriptor
 export const LEFT_CHAIN: u32 = 3; // the first descriptor; what follows includes it
 export const LEFT_BAD_BUFFER: u32 = 4; // and the receive chain's head is no descriptor
 export const LEFT_BUFFER: u32 = 5; // and the receive chain's first descriptor
-export const LEFT_OFFLOAD: u32 = 6; // and the header, which asks for an offload
+export const LEFT_OFFLOAD: u32 = 6; // and the header, which asks for an offload that takes some work
 export let left: u32 = LEFT_NOTHING;
 export let leftId: u32 = 0;
 export let leftAddress: u64 = 0;
@@ -67,6 +70,8 @@ export let leftRest: u64 = 0;
 export let leftBufferId: u32 = 0;
 export let leftBufferAddress: u64 = 0;
 export let leftBufferRest: u64 = 0;
+export let leftHeader: u64 = 0;
+export let leftCsumOffset: u32 = 0;
 
 /** Frame bytes of the last run, and the position of the transmit chain behind it. */
 export let runBytes: u64 = 0;
@@ -141,12 +146,16 @@ function run<F, T>(position: u32, limit: u32): u32 {
   let toUsedFlags = usedIn(first >> 15);
   let toHolds = toUsedNext == load<u32>(DESTINATION_VRING, VRING_PUBLISHED);
 
+  const both = load<u32>(SOURCE_VRING, VRING_OFFLOADS) & load<u32>(DESTINATION_VRING, VRING_OFFLOADS);
+  const checksumsPass = (both & OFFLOAD_CSUM) != 0;
   let id: u32 = 0;
   let address: u64 = 0;
   let rest: u64 = 0;
   let bufferId: u32 = 0;
   let bufferAddress: u64 = 0;
   let bufferRest: u64 = 0;
+  let header: u64 = 0;
+  let csumOffset: u32 = 0;
   let bytes: u64 = 0;
   let done: u32 = 0;
   let reached: u32 = LEFT_NOTHING;
@@ -226,12 +235,19 @@ function run<F, T>(position: u32, limit: u32): u32 {
     }
 
     const from = fromOffset + into;
-    if (isOffloadHeader(fromSegment, from)) {
-      reached = LEFT_OFFLOAD;
-      break;
+    header = loadHeader(fromSegment, from);
+    let word: u64 = 0;
+    csumOffset = 0;
+    if (asksForOffload(header)) {
+      csumOffset = loadCsumOffset(fromSegment, from);
+      if (!checksumsPass || !passesChecksum(header, csumOffset, frame)) {
+        reached = LEFT_OFFLOAD;
+        break;
+      }
+      word = passedChecksum(header);
     }
     const to = toOffset + toInto;
-    storeHeader(toSegment, to, toHeader, 1);
+    storeHeader(toSegment, to, toHeader, word, csumOffset, 1);
     copy(toSegment, to + toHeader, fromSegment, from + fromHeader, frame);
 
     if (isFormat<T>()) {
@@ -286,6 +302,8 @@ function run<F, T>(position: u32, limit: u32): u32 {
   leftBufferId = bufferId;
   leftBufferAddress = bufferAddress;
   leftBufferRest = bufferRest;
+  leftHeader = header;
+  leftCsumOffset = csumOffset;
   runEnd = isFormat<F>() ? fromNext | (fromUsedFlags & 0x8000) : fromNext & 0xffff;
   if (done) {
     const toEnd = isFormat<T>() ? toNext | (toUsedFlags & 0x8000) : toNext & 0xffff;

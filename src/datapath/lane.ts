@@ -45,7 +45,9 @@ import {
   VRING_HEADER_SIZE,
   VRING_INFLIGHT,
   VRING_NEXT_AVAIL,
+  VRING_OFFLOADS,
   VRING_READY,
+  VRING_SEGMENTS_SENT,
   VRING_SINK,
   VRING_SIZE,
   VRING_USED,
@@ -116,9 +118,11 @@ export class Lane {
     if (restarted) {
       this.#starts[end] = vring.start;
       view.setUint32(at + VRING_NEXT_AVAIL, vring.base, true);
+      view.setUint32(at + VRING_SEGMENTS_SENT, 0, true);
     }
     view.setUint32(at + VRING_SIZE, vring.size, true);
     view.setUint32(at + VRING_HEADER_SIZE, vring.headerBytes, true);
+    view.setUint32(at + VRING_OFFLOADS, vring.offloads ?? 0, true);
     const areas = [
       [VRING_DESC_SEGMENT, VRING_DESC, vring.desc],
       [VRING_AVAIL_SEGMENT, VRING_AVAIL, vring.avail],

@@ -8,7 +8,7 @@
  *   0x130000  destination pieces: the receive chains it goes to
  *   0x240000  merged chains: which receive chains those are, and how much goes into each
  *
- * No guest byte is ever read in here. The control plane writes state and extents only while the poller has parked the lane;
+ * No guest byte lies in here but the headers of a frame that is being segmented. The control plane writes state and extents only while the poller has parked the lane;
  * counters may be read at any time. Plain constants only: asc, tsc, Node and vitest import this same file.
  *
  * A *position* is a place in the order of a ring's chains: of a split ring an avail or used index, mod 2^16; of a packed
@@ -40,6 +40,8 @@ export const VRING_LIMIT = 64; // u32, split: the avail index as last loaded
 export const VRING_WAITING = 68; // u32, 0, or 0x10000 | position of the first chain that is missing for the next frame
 export const VRING_HELD_FLAGS = 72; // u32, packed: flags of the descriptor at PUBLISHED, to be stored last
 export const VRING_INFLIGHT = 76; // u32, address of the inflight header in memory 0; 0: none
+export const VRING_OFFLOADS = 80; // u32, OFFLOAD_*: what this driver may leave to the device, or takes from it
+export const VRING_SEGMENTS_SENT = 84; // u32, of the source: segments of the next frame that have been delivered
 
 // VRING_FLAGS
 export const VRING_READY = 1; // started, areas mapped
@@ -51,6 +53,12 @@ export const VRING_BROKEN = 32; // the core stopped it: the driver broke the for
 export const VRING_FRESH = 64; // just started: the used index is still to be taken from guest memory
 export const VRING_SINK = 128; // no virtqueue at all: swallows every frame (null port)
 export const VRING_PACKED = 256;
+
+// VRING_OFFLOADS
+export const OFFLOAD_CSUM = 1; // of a transmitq VIRTIO_NET_F_CSUM, of a receiveq VIRTIO_NET_F_GUEST_CSUM
+export const OFFLOAD_TSO4 = 2; // HOST_TSO4, GUEST_TSO4
+export const OFFLOAD_TSO6 = 4;
+export const OFFLOAD_ECN = 8;
 
 // The extent found last, one per end: an EXTENT_* record
 export const SOURCE_HIT = 0x040;
@@ -78,6 +86,10 @@ export const COUNT_DROP_DISABLED = 112; // sent on a started but disabled transm
 // A frame of the control plane's own making, for inject()
 export const INJECT_FRAME = 0x400;
 export const INJECT_BYTES_MAX = 1514;
+
+// The first bytes of a frame that is being segmented: headers, read once
+export const HEADERS = 0xa00;
+export const HEADERS_BYTES_MAX = 256;
 
 // Extents: u32 count, then 32-byte entries sorted by gpa
 export const SOURCE_EXTENTS = 0x1000;

@@ -29,6 +29,8 @@ export interface RunningVring {
   avail: Area;
   used: Area;
   headerBytes: number;
+  /** OFFLOAD_* of src/layout/lane.ts: what the driver leaves to the device (transmitq), or takes from it (receiveq). */
+  offloads?: number;
   /** VRING_* of src/layout/lane.ts but READY. */
   flags: number;
   kick: number | undefined;
