@@ -38,6 +38,7 @@ import {
   VRING_AVAIL,
   VRING_AVAIL_SEGMENT,
   VRING_BROKEN,
+  VRING_BYTES,
   VRING_DESC,
   VRING_DESC_SEGMENT,
   VRING_FLAGS,
@@ -96,7 +97,10 @@ export class Lane {
   /** What memory 0 has; a change of a guest's memory makes a new list. */
   readonly #extents: Record<End, readonly Extent[] | undefined> = { source: undefined, destination: undefined };
 
+  /** What is mapped over the pages for inflight headers. */
   readonly #inflights: Record<End, InflightPlace | undefined> = { source: undefined, destination: undefined };
+  /** Of a follower: its own receiveq, which is not in memory 0. */
+  #displaced: { state: Uint8Array; inflight: InflightPlace | undefined } | undefined;
 
   constructor(name: string) {
     this.name = name;
@@ -145,6 +149,25 @@ export class Lane {
     else mapAnonymous(page);
     this.#inflights[end] = inflight;
     this.#view.setUint32(VRING_AT[end] + VRING_INFLIGHT, inflight ? INFLIGHT_AT[end] + Number(into) : 0, true);
+  }
+
+  /** Makes room in memory 0 for the state of another lane's receiveq: that of its own is put aside. */
+  follow(leader: Lane): void {
+    this.#displaced = { state: this.#receiveq.slice(), inflight: this.#inflights.destination };
+    this.#setInflight("destination", leader.#inflights.destination);
+  }
+
+  /** Its own receiveq is in memory 0 again, as it was left. */
+  unfollow(): void {
+    if (!this.#displaced) return;
+    const { state, inflight } = this.#displaced;
+    this.#displaced = undefined;
+    this.#setInflight("destination", inflight);
+    this.#receiveq.set(state);
+  }
+
+  get #receiveq(): Uint8Array {
+    return new Uint8Array(this.memory.buffer, DESTINATION_VRING, VRING_BYTES);
   }
 
   /** There is no virtqueue at this end: every frame is taken and forgotten. */

@@ -8,7 +8,7 @@
  * frames go to that one's receiveq. The leader's memory 0 is the one home of that virtqueue's state, whether the leader
  * itself runs or not; the poller borrows it for each turn of a follower. So a leader and its followers share a poller.
  */
-import { DESTINATION_VRING, SOURCE_VRING, VRING_ENABLED } from "../layout/lane.ts";
+import { INJECT_BYTES_MAX, VRING_ENABLED } from "../layout/lane.ts";
 import { RECEIVEQ, TRANSMITQ } from "../layout/virtio.ts";
 import { isGuestPort, type AnyPort, type GuestPort, type RunningVring } from "../ports/port.ts";
 import { Lane } from "./lane.ts";
@@ -33,11 +33,7 @@ export interface PlacedLane {
   memories: LaneTask["memories"];
   /** The lane whose receiveq takes its frames; undefined: its own does, if any. */
   leader: PlacedLane | undefined;
-  /** Of a follower that may run: the state of its own receiveq, which is not in memory 0 meanwhile. */
-  displaced: Uint8Array | undefined;
 }
-
-const VRING_BYTES = DESTINATION_VRING - SOURCE_VRING;
 
 export class Link {
   readonly name: string;
@@ -59,6 +55,7 @@ export class Link {
       await port.open(
         (apply) => this.#change(apply),
         (index) => this.#nextAvail(port, index),
+        (frame) => this.#inject(port, frame),
       );
     }
   }
@@ -78,7 +75,7 @@ export class Link {
     const running = this.lanes.filter((placed) => placed.running);
     await Promise.all(running.map(({ poller, id }) => poller.park(id)));
     for (const placed of running) placed.running = false;
-    for (const placed of this.lanes) restoreReceiveq(placed);
+    for (const { lane } of this.lanes) lane.unfollow();
     try {
       apply();
     } finally {
@@ -113,7 +110,6 @@ export class Link {
           trapped: false,
           memories: undefined,
           leader: undefined,
-          displaced: undefined,
         });
       }
     }
@@ -140,7 +136,7 @@ export class Link {
       placed.poller = ownPoller;
       placed.memories = undefined;
     }
-    if (leader) placed.displaced = receiveqState(lane).slice();
+    if (leader) lane.follow(leader.lane);
     placed.running = true;
     await placed.poller.run({
       lane: placed.id,
@@ -159,6 +155,16 @@ export class Link {
     const had = placed.memories;
     if (had && had.source.length === source.length && had.destination.length === destination.length) return undefined;
     return (placed.memories = { own: placed.lane.memory, source, destination });
+  }
+
+  /** Sends a frame as if this port's guest had; dropped unless one of its transmitqs and the other end's receiveq run. */
+  #inject(port: GuestPort, frame: Uint8Array): void {
+    if (frame.length > INJECT_BYTES_MAX) throw new RangeError(`a frame of ${frame.length} bytes to inject`);
+    // Not before the changes that were asked for until now; a poller that has ended injects nothing.
+    void this.#last.then(() => {
+      const placed = this.lanes.find(({ source, running, trapped }) => source === port && running && !trapped);
+      return placed?.poller.inject(placed.id, frame).catch(() => undefined);
+    });
   }
 
   #nextAvail(port: GuestPort, index: number): number {
@@ -181,16 +187,6 @@ function writeMemory({ lane, pair, source, destination }: PlacedLane): void {
   if (!destination) return;
   lane.setVring("destination", destination.vring(receiveq(pair)));
   lane.setExtents("destination", destination.memory.extents);
-}
-
-function receiveqState(lane: Lane): Uint8Array {
-  return new Uint8Array(lane.memory.buffer, DESTINATION_VRING, VRING_BYTES);
-}
-
-/** The state of the lane's own receiveq is in memory 0 again. */
-function restoreReceiveq(placed: PlacedLane): void {
-  if (placed.displaced) receiveqState(placed.lane).set(placed.displaced);
-  placed.displaced = undefined;
 }
 
 /** Whether the lane's own receiveq takes frames: it is started and enabled, or there is none at all. */

@@ -19,7 +19,9 @@ import {
   POLL_CALL_SOURCE,
   POLL_COUNT,
   POLL_WAITING,
-  SOURCE_VRING,
+  INJECT_BYTES_MAX,
+  INJECT_FRAME,
+  VRING_BYTES,
 } from "../layout/lane.ts";
 import { type Core, instantiateCore } from "./core.ts";
 import {
@@ -62,8 +64,6 @@ interface Patience {
   /** 1: that was too long ago, frames without buffers are dropped. */
   stuck: number;
 }
-
-const VRING_BYTES = DESTINATION_VRING - SOURCE_VRING;
 
 export default function pollLanes(task: PollerTask): void {
   new PollerThread(task).run();
@@ -124,9 +124,7 @@ class PollerThread {
   }
 
   #act(lane: RunningLane, result: number): void {
-    if (result & POLL_CALL_SOURCE && lane.source.call !== undefined) signalPeer(lane.source.call);
-    if (result & POLL_CALL_DESTINATION && lane.destination.call !== undefined) signalPeer(lane.destination.call);
-    if (result & POLL_BROKE_DESTINATION) this.#reportBroken(lane, "destination");
+    this.#signal(lane, result);
     const { patience } = lane;
     if (!(result & POLL_WAITING)) {
       patience.waitingSince = patience.stuck = 0;
@@ -140,6 +138,12 @@ class PollerThread {
       this.#reportBroken(lane, "source");
       this.#park(lane.id);
     }
+  }
+
+  #signal(lane: RunningLane, result: number): void {
+    if (result & POLL_CALL_SOURCE && lane.source.call !== undefined) signalPeer(lane.source.call);
+    if (result & POLL_CALL_DESTINATION && lane.destination.call !== undefined) signalPeer(lane.destination.call);
+    if (result & POLL_BROKE_DESTINATION) this.#reportBroken(lane, "destination");
   }
 
   #reportBroken(lane: RunningLane, end: "source" | "destination"): void {
@@ -196,7 +200,8 @@ class PollerThread {
     for (let received; (received = receiveMessageOnPort(this.#task.port));) {
       const command = received.message as Command;
       if (command.type === "run") this.#run(command.task);
-      else this.#park(command.lane);
+      else if (command.type === "park") this.#park(command.lane);
+      else this.#inject(command.lane, command.frame);
       this.#post({ type: "done", sequence: command.sequence });
     }
   }
@@ -234,8 +239,22 @@ class PollerThread {
     for (const { call } of [source, destination]) if (call !== undefined) signalPeer(call);
   }
 
+  #inject(id: number, frame: Uint8Array): void {
+    const lane = this.#find(id);
+    if (!lane) return;
+    new Uint8Array(lane.memory, INJECT_FRAME, INJECT_BYTES_MAX).set(frame);
+    this.#signal(
+      lane,
+      this.#call(lane, ({ core }) => core.inject(frame.length)),
+    );
+  }
+
+  #find(id: number): RunningLane | undefined {
+    return this.#lanes.find((candidate) => candidate.id === id);
+  }
+
   #park(id: number): void {
-    const lane = this.#lanes.find((candidate) => candidate.id === id);
+    const lane = this.#find(id);
     if (!lane) return;
     this.#lanes = this.#lanes.filter((other) => other !== lane);
     for (const fd of kickFds(lane)) {

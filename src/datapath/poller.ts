@@ -43,7 +43,12 @@ export interface VringFds {
   err: number | undefined;
 }
 
-export type Command = { sequence: number } & ({ type: "run"; task: LaneTask } | { type: "park"; lane: number });
+export type Command = { sequence: number } & Order;
+
+type Order =
+  | { type: "run"; task: LaneTask }
+  | { type: "park"; lane: number }
+  | { type: "inject"; lane: number; frame: Uint8Array };
 
 export type PollerMessage =
   /** The thread is where it shall run, and takes commands. */
@@ -151,6 +156,11 @@ export class Poller {
     }
   }
 
+  /** Has a lane deliver a frame that no guest sent; a lane that does not run drops it. Rejects like run(). */
+  inject(lane: number, frame: Uint8Array): Promise<void> {
+    return this.#command({ type: "inject", lane, frame });
+  }
+
   /** Ends the thread's task. All that must be done at once is done when this returns; it settles when the task has ended. */
   stop(): Promise<void> {
     if (!this.#ended) {
@@ -166,7 +176,7 @@ export class Poller {
     return { busy: read(CONTROL_BUSY), idle: read(CONTROL_IDLE), sleeps: read(CONTROL_SLEEPS) };
   }
 
-  #command(command: { type: "run"; task: LaneTask } | { type: "park"; lane: number }): Promise<void> {
+  #command(command: Order): Promise<void> {
     if (this.#ended) return Promise.reject(new Error(ENDED));
     const sequence = this.#sequence++;
     const done = Promise.withResolvers<void>();

@@ -62,8 +62,12 @@ export interface GuestPort {
   readonly state: "listening" | "connecting" | "connected" | "running" | "ended";
   /** The virtqueue, if it is started. */
   vring(index: number): RunningVring | undefined;
-  /** Begins to serve. @param nextAvail next avail index of a started virtqueue; called within a change */
-  open(change: Change, nextAvail: (index: number) => number): Promise<void>;
+  /**
+   * Begins to serve.
+   * @param nextAvail next avail index of a started virtqueue; called within a change
+   * @param inject sends a frame of at most 1514 bytes to the other end as if this guest had; dropped if nobody receives
+   */
+  open(change: Change, nextAvail: (index: number) => number, inject: (frame: Uint8Array) => void): Promise<void>;
   close(): Promise<void>;
 }
 
