@@ -124,7 +124,7 @@ INLINE void publish_used(struct end *end) { STORE16(end->used + USED_IDX, end->n
 
 INLINE bool is_call_due(struct end *end) {
   uint32_t before = end->signalled;
-  end->signalled = end->next_used;
+  end->signalled = end->next_used - STATE32(VRING_UNDECIDED);
   if (!(end->flags & VRING_EVENT_IDX)) return !(LOAD16(end->avail + AVAIL_FLAGS) & VRING_AVAIL_F_NO_INTERRUPT);
   uint32_t event = LOAD16(end->avail + AVAIL_RING + end->size * AVAIL_ENTRY_SIZE);
   return ((end->next_used - event - 1) & 0xffff) < ((end->next_used - before) & 0xffff);
@@ -454,7 +454,7 @@ static void load_end(struct end *end, uint8_t *state, const uint8_t *extents, ui
   end->header = STATE32(VRING_HEADER_SIZE);
   end->next_avail = STATE32(VRING_NEXT_AVAIL);
   end->next_used = STATE32(VRING_NEXT_USED);
-  end->signalled = STATE32(VRING_SIGNALLED);
+  end->signalled = end->next_used - STATE32(VRING_UNDECIDED);
   end->desc = segments[STATE32(VRING_DESC_SEGMENT)] + STATE64(VRING_DESC);
   end->avail = segments[STATE32(VRING_AVAIL_SEGMENT)] + STATE64(VRING_AVAIL);
   end->used = segments[STATE32(VRING_USED_SEGMENT)] + STATE64(VRING_USED);
@@ -472,7 +472,8 @@ static void store_end(const struct end *end, uint8_t *state) {
   STATE32(VRING_FLAGS) = end->flags;
   STATE32(VRING_NEXT_AVAIL) = end->next_avail;
   STATE32(VRING_NEXT_USED) = end->next_used;
-  STATE32(VRING_SIGNALLED) = end->signalled;
+  STATE32(VRING_PUBLISHED) = end->next_used;
+  STATE32(VRING_UNDECIDED) = (uint16_t)(end->next_used - end->signalled);
 }
 
 struct lane *lane_create(void) { return calloc(1, sizeof(struct lane)); }
