@@ -92,6 +92,8 @@ export class PackedDriver implements VirtqueueDriver {
   #addedSlots = 0;
   #firstIndex = 0; // the first of them, and its flags
   #firstFlags = 0;
+  #seenSlots = 0; // marked as used, from #usedIndex on; not more than 0: look again
+  readonly #fence = new Int32Array(new SharedArrayBuffer(4));
   #given = 0; // chains published and not yet popped
   #slotsSinceKick = 0;
 
@@ -231,9 +233,10 @@ export class PackedDriver implements VirtqueueDriver {
   }
 
   pop(): number {
-    const id = this.#takeUsed();
-    if (id < 0) return -1;
+    if (this.#seenSlots <= 0 && !this.#look()) return -1;
+    const id = this.#readUsed(this.#usedIndex);
     const count = this.#chainLength[id]!;
+    this.#advanceUsed(this.#usedIndex + count, 1);
     let tail = id;
     for (let i = 1; i < count; i++) tail = this.#nextKept[tail]!;
     this.#nextKept[tail] = this.#freeKept;
@@ -247,11 +250,17 @@ export class PackedDriver implements VirtqueueDriver {
   recycle(limit: number): number {
     let count = 0;
     let bytes = 0;
-    for (; count < limit; count++) {
-      const id = this.#takeUsed();
-      if (id < 0) break;
-      bytes += this.usedLen;
-      this.#makeAvailable(id, this.#chainLength[id]!);
+    while (count < limit && (this.#seenSlots > 0 || this.#look())) {
+      const before = count;
+      const end = this.#usedIndex + this.#seenSlots;
+      let index = this.#usedIndex;
+      for (; index < end && count < limit; count++) {
+        const id = this.#readUsed(index);
+        bytes += this.usedLen;
+        index += this.#chainLength[id]!;
+        this.#makeAvailable(id, this.#chainLength[id]!);
+      }
+      this.#advanceUsed(index, count - before);
     }
     this.usedLen = bytes;
     return count;
@@ -302,27 +311,49 @@ export class PackedDriver implements VirtqueueDriver {
     this.#addedChains++;
   }
 
-  /** Takes the next used descriptor off the ring. @returns its id, -1 if there is none; `usedLen` holds its length */
-  #takeUsed(): number {
-    const index = this.#usedIndex;
-    const flags = Atomics.load(this.#descHalves, index * DESC_HALVES + FLAGS_HALF);
-    if ((flags & (AVAIL | USED)) !== this.#usedFlags) {
-      const asGiven = (flags & (AVAIL | USED)) === (this.#usedFlags ^ USED);
-      if (this.#given > 0 && !asGiven) this.#fail(index, `flags 0x${flags.toString(16)} are of another lap`);
-      return -1;
-    }
-    const id = this.#desc[index * DESC_WORDS + LAST_WORD]! & 0xffff;
-    const len = (flags & VRING_DESC_F_WRITE) === 0 ? 0 : this.#desc[index * DESC_WORDS + LEN_WORD]!;
-    if (this.#given === 0) this.#fail(index, "used, but the device has no chains");
+  /** Reads the used descriptor there. @returns its id; `usedLen` holds its length */
+  #readUsed(index: number): number {
+    const word = index * DESC_WORDS;
+    const last = this.#desc[word + LAST_WORD]!;
+    const id = last & 0xffff;
+    const len = (last & (VRING_DESC_F_WRITE << 16)) === 0 ? 0 : this.#desc[word + LEN_WORD]!;
     if (id >= this.size || len > this.#writable[id]!) this.#failEntry(index, id, len);
-    this.#given--;
     this.usedLen = len;
-    this.#usedIndex = index + this.#chainLength[id]!;
-    if (this.#usedIndex >= this.size) {
-      this.#usedIndex -= this.size;
-      this.#usedFlags ^= AVAIL | USED;
-    }
     return id;
+  }
+
+  /** Goes on to `index`, which may be past the ring's end: so many chains were used. */
+  #advanceUsed(index: number, chains: number): void {
+    this.#given -= chains;
+    if (this.#given < 0) this.#fail(this.#usedIndex, "used, but the device has no chains");
+    this.#seenSlots -= index - this.#usedIndex;
+    this.#usedIndex = index;
+    if (index < this.size) return;
+    this.#usedIndex -= this.size;
+    this.#usedFlags ^= AVAIL | USED;
+  }
+
+  /** Looks which descriptors from #usedIndex on, in one piece, are marked as used. @returns whether the first one is */
+  #look(): boolean {
+    const halves = this.#descHalves;
+    const first = this.#usedIndex;
+    const flags = Atomics.load(halves, first * DESC_HALVES + FLAGS_HALF);
+    const wanted = this.#usedFlags;
+    if ((flags & (AVAIL | USED)) !== wanted) {
+      const asGiven = (flags & (AVAIL | USED)) === (wanted ^ USED);
+      if (this.#given > 0 && !asGiven) this.#fail(first, `flags 0x${flags.toString(16)} are of another lap`);
+      return false;
+    }
+    let index = first + 1;
+    while (index < this.size && (halves[index * DESC_HALVES + FLAGS_HALF]! & (AVAIL | USED)) === wanted) index++;
+    this.#seenSlots = index - first;
+    // An atomic load costs as much as the rest of pop(), so there is none for each descriptor. A store and a load that
+    // are sequentially consistent keep the plain loads before them from those after them, on any CPU.
+    if (this.#seenSlots > 1) {
+      Atomics.store(this.#fence, 0, 0);
+      Atomics.load(this.#fence, 0);
+    }
+    return true;
   }
 
   /** Whether the device has used `slots` descriptors or more that were not popped. */

@@ -18,6 +18,8 @@ export interface Position {
 export class PlainPackedDevice {
   readonly avail: Position;
   readonly used: Position;
+  /** Whether use() sets the used bit of all descriptors that it passes, as it may. */
+  marksEvery = false;
   readonly #view: DataView;
   readonly #gpa: bigint;
   readonly #size: number;
@@ -65,7 +67,12 @@ export class PlainPackedDevice {
     this.#view.setUint32(16 * index + 8, len, true);
     this.#view.setUint16(16 * index + 12, id, true);
     this.setFlags(index, (len > 0 ? VRING_DESC_F_WRITE : 0) | (wrap ? F_AVAIL | F_USED : 0));
-    this.#advance(this.used, slots);
+    this.#advance(this.used, 1);
+    for (let i = 1; i < slots; i++) {
+      const { index: at, wrap: lap } = this.used;
+      if (this.marksEvery) this.setFlags(at, (this.flags(at) & ~F_USED) | (lap ? F_USED : 0));
+      this.#advance(this.used, 1);
+    }
   }
 
   flags(index: number): number {
