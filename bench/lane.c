@@ -124,7 +124,7 @@ INLINE void publish_used(struct end *end) { STORE16(end->used + USED_IDX, end->n
 
 INLINE bool is_call_due(struct end *end) {
   uint32_t before = end->signalled;
-  end->signalled = end->next_used - STATE32(VRING_UNDECIDED);
+  end->signalled = end->next_used;
   if (!(end->flags & VRING_EVENT_IDX)) return !(LOAD16(end->avail + AVAIL_FLAGS) & VRING_AVAIL_F_NO_INTERRUPT);
   uint32_t event = LOAD16(end->avail + AVAIL_RING + end->size * AVAIL_ENTRY_SIZE);
   return ((end->next_used - event - 1) & 0xffff) < ((end->next_used - before) & 0xffff);
