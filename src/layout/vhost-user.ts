@@ -76,6 +76,7 @@ export const VHOST_USER_PROTOCOL_F_REPLY_ACK = 3;
 export const VHOST_USER_PROTOCOL_F_MTU = 4;
 export const VHOST_USER_PROTOCOL_F_BACKEND_REQ = 5;
 export const VHOST_USER_PROTOCOL_F_CONFIG = 9;
+export const VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD = 12;
 export const VHOST_USER_PROTOCOL_F_RESET_DEVICE = 13;
 export const VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS = 14;
 export const VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS = 15;
@@ -120,5 +121,42 @@ export const CONFIG_HEADER_SIZE = 12;
 export const CONFIG_OFFSET = 0;
 export const CONFIG_SIZE = 4;
 
-// Payload sizes of requests that are answered with an error only
+// The payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD: u64 mmap size, u64 mmap offset, u16 queues, u16 queue size, padding
 export const INFLIGHT_SIZE = 24;
+export const INFLIGHT_MMAP_SIZE = 0;
+export const INFLIGHT_MMAP_OFFSET = 8;
+export const INFLIGHT_QUEUES = 16;
+export const INFLIGHT_QUEUE_SIZE = 18;
+// Each queue has its part of the inflight region, a multiple of this long; the mmap offset is one of a page
+export const INFLIGHT_ALIGN = 64;
+export const INFLIGHT_OFFSET_ALIGN = 4096;
+
+// A queue's part: u64 features, u16 version, u16 desc_num, then by the form of the ring
+export const INFLIGHT_FEATURES = 0;
+export const INFLIGHT_VERSION = 8;
+export const INFLIGHT_DESC_NUM = 10;
+export const INFLIGHT_VERSION_1 = 1;
+// Split: u16 last_batch_head, u16 used_idx, then entries of u8 inflight, u8 padding[5], u16 next, u64 counter
+export const INFLIGHT_SPLIT_LAST_BATCH_HEAD = 12;
+export const INFLIGHT_SPLIT_USED_IDX = 14;
+export const INFLIGHT_SPLIT_ENTRIES = 16;
+export const INFLIGHT_SPLIT_ENTRY_SIZE = 16;
+export const INFLIGHT_SPLIT_NEXT = 6;
+export const INFLIGHT_SPLIT_COUNTER = 8;
+// Packed: u16 free_head, u16 old_free_head, u16 used_idx, u16 old_used_idx, u8 used_wrap, u8 old_used_wrap, padding, then
+// entries of u8 inflight, u8 padding, u16 next, u16 last, u16 num, u64 counter, u16 id, u16 flags, u32 len, u64 addr
+export const INFLIGHT_PACKED_FREE_HEAD = 12;
+export const INFLIGHT_PACKED_OLD_FREE_HEAD = 14;
+export const INFLIGHT_PACKED_USED_IDX = 16;
+export const INFLIGHT_PACKED_OLD_USED_IDX = 18;
+export const INFLIGHT_PACKED_USED_WRAP = 20;
+export const INFLIGHT_PACKED_OLD_USED_WRAP = 21;
+export const INFLIGHT_PACKED_ENTRIES = 32;
+export const INFLIGHT_PACKED_ENTRY_SIZE = 32;
+export const INFLIGHT_PACKED_NEXT = 2;
+export const INFLIGHT_PACKED_LAST = 4;
+export const INFLIGHT_PACKED_NUM = 6;
+export const INFLIGHT_PACKED_COUNTER = 8;
+export const INFLIGHT_PACKED_ID = 16;
+// Of either entry
+export const INFLIGHT_ENTRY_INFLIGHT = 0;

@@ -20,3 +20,8 @@ export function packedFlags(desc: DataView): Uint16Array {
     desc.getUint16(slot * DESC_SIZE + PACKED_DESC_FLAGS, true),
   );
 }
+
+/** Stores 16 bits where the driver may look at any time: all before it is visible before it. */
+export function storeU16(view: DataView, at: number, value: number): void {
+  Atomics.store(new Uint16Array(view.buffer, view.byteOffset + at, 1), 0, value);
+}

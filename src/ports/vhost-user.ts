@@ -28,11 +28,15 @@ import {
   VIRTIO_RING_F_INDIRECT_DESC,
 } from "../layout/virtio.ts";
 import { GuestMemory } from "../memory/guest-memory.ts";
-import { areaSizes, ringForm } from "../vhost-user/areas.ts";
+import { areaSizes, ringForm, type Areas } from "../vhost-user/areas.ts";
 import type { Device, MemoryRegion, Vring } from "../vhost-user/device.ts";
 import { startPosition } from "../vhost-user/position.ts";
 import { Server, type ServerEvent } from "../vhost-user/server.ts";
-import type { Area, Change, GuestPort, RunningVring } from "./port.ts";
+import type { Area, Change, GuestPort, InflightPlace, RunningVring } from "./port.ts";
+import { OFFLOAD_FEATURES, offloadsOf } from "./offloads.ts";
+import type { Recovery } from "./inflight-file.ts";
+import { recoverPacked } from "./recover-packed.ts";
+import { recoverSplit } from "./recover-split.ts";
 import { areaView, packedFlags } from "./ring-memory.ts";
 import type { VhostUserSpec } from "./spec.ts";
 
@@ -48,6 +52,7 @@ const FEATURES = [
   VIRTIO_F_IN_ORDER,
   // The reset of one virtqueue is its stop and start here.
   VIRTIO_F_RING_RESET,
+  ...OFFLOAD_FEATURES,
 ];
 
 interface VhostUserOptions extends Omit<VhostUserSpec, "kind" | "text"> {
@@ -186,6 +191,7 @@ export class VhostUserPort implements GuestPort, Device {
       used: this.#area(vring.used, sizes.used, index),
       headerBytes:
         this.#has(VIRTIO_F_VERSION_1) || this.#has(VIRTIO_NET_F_MRG_RXBUF) ? NET_HDR_SIZE : NET_HDR_SIZE_LEGACY,
+      offloads: offloadsOf(index, (feature) => this.#has(feature)),
       flags:
         (vring.enabled ? VRING_ENABLED : 0) |
         (form.isPacked ? VRING_PACKED : 0) |
@@ -196,10 +202,45 @@ export class VhostUserPort implements GuestPort, Device {
       call,
       err,
     };
-    if (start === undefined && form.isPacked) {
-      running.base = startPosition(vring.base, packedFlags(areaView(this.memory, running.desc, sizes.desc)));
-    }
+    if (start === undefined) this.#resume(running, sizes, vring.inflight);
+    else running.inflight = this.#vrings.get(index)?.inflight;
     this.#vrings.set(index, running);
+  }
+
+  /** Finds out where a virtqueue goes on, and gives back what another back-end left in flight. */
+  #resume(vring: RunningVring, sizes: Record<keyof Areas, number>, inflight: InflightPlace | undefined): void {
+    const isPacked = (vring.flags & VRING_PACKED) !== 0;
+    const desc = areaView(this.memory, vring.desc, sizes.desc);
+    const used = areaView(this.memory, vring.used, sizes.used);
+    const recovery =
+      inflight &&
+      this.#orComplain(() =>
+        isPacked
+          ? recoverPacked(inflight, vring.size, desc, vring.base)
+          : recoverSplit(inflight, vring.size, used, vring.base),
+      );
+    if (recovery) {
+      vring.base = recovery.position;
+      vring.inflight = inflight;
+    } else if (isPacked) {
+      vring.base = startPosition(vring.base, packedFlags(desc));
+    }
+  }
+
+  /** An inflight region of no use costs the ring nothing but what might have been given back by it. */
+  #orComplain(recover: () => Recovery): Recovery | undefined {
+    const complain = (error: ProtocolError) =>
+      this.#options.onEvent({ type: "refusal", request: "SET_INFLIGHT_FD", error });
+    try {
+      const recovery = recover();
+      if (recovery.complaint !== undefined)
+        complain(new ProtocolError(`${recovery.complaint}; nothing is given back by it`));
+      return recovery;
+    } catch (error) {
+      if (!(error instanceof ProtocolError)) throw error;
+      complain(error);
+      return undefined;
+    }
   }
 
   #area(gpa: bigint, sizeBytes: number, index: number): Area {

@@ -233,6 +233,32 @@ export function decodeConfig(payload: Buffer): ConfigRange {
   return { offset, size };
 }
 
+/** An inflight region: how many queues of what size it is for, and where in its file it lies. */
+export interface InflightRecord {
+  mmapSize: bigint;
+  mmapOffset: bigint;
+  queues: number;
+  queueSize: number;
+}
+
+export function encodeInflight({ mmapSize, mmapOffset, queues, queueSize }: InflightRecord): Buffer {
+  const bytes = Buffer.alloc(L.INFLIGHT_SIZE);
+  bytes.writeBigUInt64LE(mmapSize, L.INFLIGHT_MMAP_SIZE);
+  bytes.writeBigUInt64LE(mmapOffset, L.INFLIGHT_MMAP_OFFSET);
+  bytes.writeUInt16LE(queues, L.INFLIGHT_QUEUES);
+  bytes.writeUInt16LE(queueSize, L.INFLIGHT_QUEUE_SIZE);
+  return bytes;
+}
+
+export function decodeInflight(payload: Buffer): InflightRecord {
+  return {
+    mmapSize: payload.readBigUInt64LE(L.INFLIGHT_MMAP_SIZE),
+    mmapOffset: payload.readBigUInt64LE(L.INFLIGHT_MMAP_OFFSET),
+    queues: payload.readUInt16LE(L.INFLIGHT_QUEUES),
+    queueSize: payload.readUInt16LE(L.INFLIGHT_QUEUE_SIZE),
+  };
+}
+
 function writeRegion(bytes: Buffer, at: number, region: RegionRecord): void {
   bytes.writeBigUInt64LE(region.gpa, at + L.MEM_REGION_GPA);
   bytes.writeBigUInt64LE(region.sizeBytes, at + L.MEM_REGION_BYTES);

@@ -38,6 +38,16 @@ export interface Vring {
   kick: number | undefined;
   call: number | undefined;
   err: number | undefined;
+  /** The ring's part of the inflight region, if there is one: what keeps its state for the next back-end. */
+  inflight: InflightPlace | undefined;
+}
+
+/** A ring's part of an inflight region. */
+export interface InflightPlace {
+  /** A sealed memory file, valid while the ring is started. */
+  fd: number;
+  /** Of the part in the file, a multiple of 64. */
+  offset: bigint;
 }
 
 export interface Device {

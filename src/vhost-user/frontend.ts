@@ -11,9 +11,11 @@ import * as L from "../layout/vhost-user.ts";
 import type { Areas } from "./areas.ts";
 import {
   closeFds,
+  decodeInflight,
   decodeU64,
   decodeVringState,
   encodeConfig,
+  encodeInflight,
   encodeMemTable,
   encodeMessage,
   encodeSingleRegion,
@@ -21,7 +23,7 @@ import {
   encodeVringAddress,
   encodeVringState,
 } from "./codec.ts";
-import type { ConfigRange, Message, RegionRecord } from "./codec.ts";
+import type { ConfigRange, InflightRecord, Message, RegionRecord } from "./codec.ts";
 import { Connection } from "./connection.ts";
 
 const REPLY_TIMEOUT_MS = 30_000;
@@ -142,6 +144,19 @@ export class Frontend implements Disposable {
     await this.command(L.VHOST_USER_NET_SET_MTU, encodeU64(BigInt(mtu)));
   }
 
+  /** @returns the region that the back-end made, its fd the caller's; undefined if it refuses */
+  async getInflightFd(queues: number, queueSize: number): Promise<(InflightRecord & { fd: number }) | undefined> {
+    const wanted = encodeInflight({ mmapSize: 0n, mmapOffset: 0n, queues, queueSize });
+    const { payload, fds } = await this.#exchange(L.VHOST_USER_GET_INFLIGHT_FD, wanted);
+    const [fd] = fds.splice(0, 1);
+    closeFds(fds);
+    return fd === undefined ? undefined : { ...decodeInflight(payload), fd };
+  }
+
+  async setInflightFd({ fd, ...record }: InflightRecord & { fd: number }): Promise<void> {
+    await this.command(L.VHOST_USER_SET_INFLIGHT_FD, encodeInflight(record), [fd]);
+  }
+
   async resetDevice(): Promise<void> {
     await this.command(L.VHOST_USER_RESET_DEVICE);
   }
@@ -156,11 +171,10 @@ export class Frontend implements Disposable {
   }
 
   /** Sends a request that has a reply of its own and resolves to the reply's payload. */
-  request(id: number, payload: Uint8Array = NOTHING, fds: readonly number[] = []): Promise<Buffer> {
-    return this.#inTurn(async () => {
-      await this.#connection.send(encodeMessage(id, 0, payload), fds);
-      return this.#reply(id);
-    });
+  async request(id: number, payload: Uint8Array = NOTHING, fds: readonly number[] = []): Promise<Buffer> {
+    const reply = await this.#exchange(id, payload, fds);
+    closeFds(reply.fds);
+    return reply.payload;
   }
 
   /** Sends a request that has none; waits for its ack if one can be had. @throws ProtocolError when it is refused */
@@ -169,7 +183,9 @@ export class Frontend implements Disposable {
       const waits = (this.#protocolFeatures & (1n << BigInt(L.VHOST_USER_PROTOCOL_F_REPLY_ACK))) !== 0n;
       await this.#connection.send(encodeMessage(id, waits ? L.VHOST_USER_NEED_REPLY : 0, payload), fds);
       if (!waits) return;
-      const status = decodeU64(await this.#reply(id));
+      const reply = await this.#reply(id);
+      closeFds(reply.fds);
+      const status = decodeU64(reply.payload);
       if (status !== 0n) throw new ProtocolError(`the back-end refused request ${id} with status ${status}`);
     });
   }
@@ -194,18 +210,26 @@ export class Frontend implements Disposable {
     await this.command(id, encodeU64(BigInt(value)), fd === undefined ? [] : [fd]);
   }
 
-  async #reply(id: number): Promise<Buffer> {
+  /** A request and its reply, whose fds are the caller's. */
+  #exchange(id: number, payload: Uint8Array, fds: readonly number[] = []): Promise<Message> {
+    return this.#inTurn(async () => {
+      await this.#connection.send(encodeMessage(id, 0, payload), fds);
+      return this.#reply(id);
+    });
+  }
+
+  async #reply(id: number): Promise<Message> {
     const message = await this.#connection.receive(REPLY_TIMEOUT_MS);
     if (message === undefined)
       throw new ProtocolError(`the back-end closed the connection instead of answering request ${id}`, "drop");
-    closeFds(message.fds);
     if (message.request !== id || message.flags !== (L.VHOST_USER_VERSION | L.VHOST_USER_REPLY)) {
+      closeFds(message.fds);
       throw new ProtocolError(
         `request ${id} was answered by message ${message.request} with flags ${message.flags}`,
         "drop",
       );
     }
-    return message.payload;
+    return message;
   }
 
   /** Runs `call` after all calls before it, whether they succeeded or not. */

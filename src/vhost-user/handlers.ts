@@ -12,23 +12,34 @@ import * as L from "../layout/vhost-user.ts";
 import { MTU_MAX, MTU_MIN } from "../layout/virtio.ts";
 import {
   decodeConfig,
+  decodeInflight,
   decodeMemTable,
   decodeSingleRegion,
   decodeU64,
   decodeVringAddress,
   decodeVringState,
   encodeConfig,
+  encodeInflight,
   encodeU64,
   encodeVringState,
 } from "./codec.ts";
 import type { Message } from "./codec.ts";
+import { createInflight, InflightRegion } from "./inflight.ts";
 import { hex } from "./memory-table.ts";
 import { bit, PROTOCOL_FEATURES_BIT } from "./state.ts";
 import type { SessionState } from "./state.ts";
 import { checkAddresses } from "./vring.ts";
 import type { VringState } from "./vring.ts";
 
-export type Handler = (state: SessionState, message: Message) => Promise<Buffer | void> | Buffer | void;
+/** A reply with fds, which are closed once it is sent. */
+export interface ReplyWithFds {
+  payload: Buffer;
+  fds: number[];
+}
+
+type Reply = Buffer | ReplyWithFds | void;
+
+export type Handler = (state: SessionState, message: Message) => Promise<Reply> | Reply;
 
 /** What we write call and err signals to; user-mode Linux passes one end of a socket pair. */
 const SIGNAL_KINDS: FdKind[] = ["eventfd", "socket"];
@@ -153,6 +164,23 @@ export const netSetMtu: Handler = ({ device }, { payload }) => {
   const mtu = decodeU64(payload);
   if (mtu < MTU_MIN || mtu > MTU_MAX) throw new ProtocolError(`MTU ${mtu}, expected ${MTU_MIN} to ${MTU_MAX}`);
   device.setMtu(Number(mtu));
+};
+
+/** The front-end keeps the region for the next back-end, and gives it to us like to that one: by SET_INFLIGHT_FD. */
+export const getInflightFd: Handler = ({ vrings, form }, { payload, fds }) => {
+  if (fds.length > 0) throw new ProtocolError(`${fds.length} fds with GET_INFLIGHT_FD, expected none`);
+  const { queues, queueSize } = decodeInflight(payload);
+  const { fd, mmapSize } = createInflight({ queues, queueSize, vrings: vrings.length, form });
+  return { payload: encodeInflight({ mmapSize, mmapOffset: 0n, queues, queueSize }), fds: [fd] };
+};
+
+export const setInflightFd: Handler = (state, { payload, fds }) => {
+  const [fd] = fds;
+  if (fd === undefined || fds.length !== 1) {
+    throw new ProtocolError(`${fds.length} fds with SET_INFLIGHT_FD, expected 1`);
+  }
+  state.setInflight(new InflightRegion(decodeInflight(payload), fd, state.vrings.length, state.form));
+  fds.length = 0;
 };
 
 export const resetDevice: Handler = (state) => state.resetDevice();

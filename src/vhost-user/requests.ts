@@ -31,11 +31,12 @@ export interface Request {
   gate?: number | undefined;
 }
 
-const { U64_SIZE, VRING_STATE_SIZE, VRING_ADDR_SIZE, SINGLE_REGION_SIZE } = L;
+const { U64_SIZE, VRING_STATE_SIZE, VRING_ADDR_SIZE, SINGLE_REGION_SIZE, INFLIGHT_SIZE } = L;
 const MQ = L.VHOST_USER_PROTOCOL_F_MQ;
 const BACKEND_REQ = L.VHOST_USER_PROTOCOL_F_BACKEND_REQ;
 const MTU = L.VHOST_USER_PROTOCOL_F_MTU;
 const CONFIG = L.VHOST_USER_PROTOCOL_F_CONFIG;
+const INFLIGHT = L.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD;
 const RESET = L.VHOST_USER_PROTOCOL_F_RESET_DEVICE;
 const STATUS = L.VHOST_USER_PROTOCOL_F_STATUS;
 const MEM_SLOTS = L.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS;
@@ -74,6 +75,15 @@ export const requests: ReadonlyMap<number, Request> = new Map<number, Request>([
   // A reply without payload says no
   [L.VHOST_USER_GET_CONFIG, offered("GET_CONFIG", undefined, Buffer.alloc(0), handlers.getConfig, CONFIG)],
   [L.VHOST_USER_SET_CONFIG, offered("SET_CONFIG", undefined, ackOrIgnore, handlers.setConfig, CONFIG)],
+  [
+    L.VHOST_USER_GET_INFLIGHT_FD,
+    // An mmap size of 0 says failure
+    offered("GET_INFLIGHT_FD", INFLIGHT_SIZE, Buffer.alloc(INFLIGHT_SIZE), handlers.getInflightFd, INFLIGHT),
+  ],
+  [
+    L.VHOST_USER_SET_INFLIGHT_FD,
+    offered("SET_INFLIGHT_FD", INFLIGHT_SIZE, ackOrIgnore, handlers.setInflightFd, INFLIGHT),
+  ],
   [L.VHOST_USER_RESET_DEVICE, offered("RESET_DEVICE", 0, ackOrDrop, handlers.resetDevice, RESET)],
   [L.VHOST_USER_GET_MAX_MEM_SLOTS, offered("GET_MAX_MEM_SLOTS", 0, drop, handlers.getMaxMemSlots, MEM_SLOTS)],
   [L.VHOST_USER_ADD_MEM_REG, offered("ADD_MEM_REG", SINGLE_REGION_SIZE, ackOrDrop, handlers.addMemReg, MEM_SLOTS)],
@@ -91,9 +101,6 @@ export const requests: ReadonlyMap<number, Request> = new Map<number, Request>([
   [L.VHOST_USER_POSTCOPY_ADVISE, refused("POSTCOPY_ADVISE", drop)],
   [L.VHOST_USER_POSTCOPY_LISTEN, refused("POSTCOPY_LISTEN", ackOrDrop)],
   [L.VHOST_USER_POSTCOPY_END, refused("POSTCOPY_END", no)],
-  // An mmap size of 0 says failure
-  [L.VHOST_USER_GET_INFLIGHT_FD, refused("GET_INFLIGHT_FD", Buffer.alloc(L.INFLIGHT_SIZE))],
-  [L.VHOST_USER_SET_INFLIGHT_FD, refused("SET_INFLIGHT_FD", ackOrIgnore)],
   [L.VHOST_USER_GPU_SET_SOCKET, refused("GPU_SET_SOCKET", ackOrIgnore)],
   [L.VHOST_USER_VRING_KICK, refused("VRING_KICK", ackOrDrop)],
   [L.VHOST_USER_GET_SHARED_OBJECT, refused("GET_SHARED_OBJECT", drop)],

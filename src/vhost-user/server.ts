@@ -7,12 +7,13 @@
  */
 import { setImmediate as nextTurn, setTimeout as sleep } from "node:timers/promises";
 import { SystemError } from "../errors.ts";
+import { closeFds } from "./codec.ts";
 import { Connection } from "./connection.ts";
 import type { Device } from "./device.ts";
 import { openEndpoint } from "./endpoint.ts";
 import type { Endpoint, SocketAddress } from "./endpoint.ts";
 import { Session } from "./session.ts";
-import type { Refusal } from "./session.ts";
+import type { Answer, Refusal } from "./session.ts";
 
 export type ServerEvent =
   | { type: "connect" }
@@ -90,7 +91,7 @@ export class Server implements AsyncDisposable {
         );
         if (message === undefined) break;
         const answer = await session.handle(message);
-        if (answer !== undefined) await connection.send(answer);
+        if (answer !== undefined) await deliver(connection, answer);
         await nextTurn();
       }
     } catch (error) {
@@ -117,6 +118,14 @@ export class Server implements AsyncDisposable {
 
   async #pause(ms: number): Promise<void> {
     await sleep(ms, undefined, { signal: this.#closing.signal }).catch(() => {});
+  }
+}
+
+async function deliver(connection: Connection, { bytes, fds }: Answer): Promise<void> {
+  try {
+    await connection.send(bytes, fds);
+  } finally {
+    closeFds(fds);
   }
 }
 

@@ -11,6 +11,7 @@ import { VHOST_USER_NEED_REPLY, VHOST_USER_PROTOCOL_F_REPLY_ACK, VHOST_USER_REPL
 import { closeFds, encodeMessage, encodeU64 } from "./codec.ts";
 import type { Message } from "./codec.ts";
 import type { Device } from "./device.ts";
+import type { ReplyWithFds } from "./handlers.ts";
 import { requests } from "./requests.ts";
 import type { Request } from "./requests.ts";
 import { SessionState } from "./state.ts";
@@ -19,6 +20,12 @@ import { SessionState } from "./state.ts";
 export interface Refusal {
   request: string;
   error: RelayError;
+}
+
+/** What to send back. The fds are closed when it has been sent. */
+export interface Answer {
+  bytes: Buffer;
+  fds: number[];
 }
 
 export class Session {
@@ -32,14 +39,14 @@ export class Session {
 
   /**
    * Obeys one message; the previous one must have settled. Takes its fds over.
-   * Returns the bytes to send back, if an answer is due. @throws ProtocolError (drop): close the connection
+   * Returns what to send back, if an answer is due. @throws ProtocolError (drop): close the connection
    */
-  async handle(message: Message): Promise<Buffer | undefined> {
+  async handle(message: Message): Promise<Answer | undefined> {
     const request = requests.get(message.request) ?? unknown(message.request);
     const couldAck = this.#canAck;
     try {
       const reply = await this.#obey(request, message);
-      if (reply !== undefined) return encodeMessage(message.request, VHOST_USER_REPLY, reply);
+      if (reply !== undefined) return answer(message, reply.payload, reply.fds);
       // SET_PROTOCOL_FEATURES itself is acknowledged too: user-mode Linux waits for it
       return needsAck(message) && (couldAck || this.#canAck) ? ack(message, 0n) : undefined;
     } catch (error) {
@@ -60,7 +67,7 @@ export class Session {
     return this.#state.isNegotiated(VHOST_USER_PROTOCOL_F_REPLY_ACK);
   }
 
-  async #obey(request: Request, message: Message): Promise<Buffer | undefined> {
+  async #obey(request: Request, message: Message): Promise<ReplyWithFds | undefined> {
     const { name, payloadSize, gate, handle } = request;
     if ((message.flags & VHOST_USER_REPLY) !== 0) throw new ProtocolError(`${name} has the reply flag set`, "drop");
     if (handle === undefined) throw new ProtocolError(`${name} is not offered`);
@@ -70,11 +77,12 @@ export class Session {
     if (payloadSize !== undefined && message.payload.length !== payloadSize) {
       throw new ProtocolError(`${name} with ${message.payload.length} bytes of payload, expected ${payloadSize}`);
     }
-    return (await handle(this.#state, message)) ?? undefined;
+    const reply = await handle(this.#state, message);
+    return Buffer.isBuffer(reply) ? { payload: reply, fds: [] } : (reply ?? undefined);
   }
 
-  #refuse({ name, refusal }: Request, message: Message, error: RelayError): Buffer | undefined {
-    if (typeof refusal !== "string") return encodeMessage(message.request, VHOST_USER_REPLY, refusal);
+  #refuse({ name, refusal }: Request, message: Message, error: RelayError): Answer | undefined {
+    if (typeof refusal !== "string") return answer(message, refusal);
     if (refusal !== "drop" && needsAck(message) && this.#canAck) return ack(message, 1n);
     if (refusal === "ack or ignore") return undefined;
     throw new ProtocolError(`${name} was refused and the front-end cannot be told: ${error.message}`, "drop");
@@ -93,6 +101,10 @@ function needsAck(message: Message): boolean {
   return (message.flags & VHOST_USER_NEED_REPLY) !== 0;
 }
 
-function ack(message: Message, value: bigint): Buffer {
-  return encodeMessage(message.request, VHOST_USER_REPLY, encodeU64(value));
+function ack(message: Message, value: bigint): Answer {
+  return answer(message, encodeU64(value));
+}
+
+function answer(message: Message, payload: Buffer, fds: number[] = []): Answer {
+  return { bytes: encodeMessage(message.request, VHOST_USER_REPLY, payload), fds };
 }

@@ -12,6 +12,7 @@ import {
   VHOST_USER_PROTOCOL_F_CONFIG,
   VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
   VHOST_USER_PROTOCOL_F_GPA_ADDRESSES,
+  VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
   VHOST_USER_PROTOCOL_F_MQ,
   VHOST_USER_PROTOCOL_F_MTU,
   VHOST_USER_PROTOCOL_F_REPLY_ACK,
@@ -23,6 +24,7 @@ import { ringForm } from "./areas.ts";
 import type { Areas, RingForm } from "./areas.ts";
 import type { RegionRecord } from "./codec.ts";
 import type { Device, MemoryRegion, Vring } from "./device.ts";
+import type { InflightRegion } from "./inflight.ts";
 import { hex, MemoryTable } from "./memory-table.ts";
 import { VringState } from "./vring.ts";
 
@@ -33,6 +35,7 @@ const COMMON_PROTOCOL_FEATURES =
   bit(VHOST_USER_PROTOCOL_F_MQ) |
   bit(VHOST_USER_PROTOCOL_F_REPLY_ACK) |
   bit(VHOST_USER_PROTOCOL_F_BACKEND_REQ) |
+  bit(VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD) |
   bit(VHOST_USER_PROTOCOL_F_RESET_DEVICE) |
   bit(VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS) |
   bit(VHOST_USER_PROTOCOL_F_STATUS) |
@@ -50,6 +53,7 @@ export class SessionState {
   status = 0;
   #table = MemoryTable.empty;
   #backendRequestFd: number | undefined;
+  #inflight: InflightRegion | undefined;
 
   constructor(device: Device) {
     this.device = device;
@@ -186,6 +190,15 @@ export class SessionState {
     this.#backendRequestFd = fd;
   }
 
+  /** Takes the region's fd over; the rings that start from now on use it. @throws ProtocolError while a ring runs */
+  setInflight(region: InflightRegion): void {
+    if (this.vrings.some((ring) => ring.running !== undefined)) {
+      throw new ProtocolError("the inflight region cannot change while a ring is started");
+    }
+    if (this.#inflight !== undefined) close(this.#inflight.fd);
+    this.#inflight = region;
+  }
+
   /** The connection is gone: the device lets go of everything, then the fds are closed. */
   async end(): Promise<void> {
     try {
@@ -194,6 +207,8 @@ export class SessionState {
       for (const ring of this.vrings) ring.closeFds();
       if (this.#backendRequestFd !== undefined) close(this.#backendRequestFd);
       this.#backendRequestFd = undefined;
+      if (this.#inflight !== undefined) close(this.#inflight.fd);
+      this.#inflight = undefined;
     }
   }
 
@@ -203,12 +218,12 @@ export class SessionState {
     const areas = this.#translate(ring, this.#table);
     if (areas === undefined) return;
     ring.checkStartable(this.form);
-    await this.device.startVring(ring.at(areas, this.form));
+    await this.device.startVring(this.#at(ring, areas));
     ring.running = areas;
   }
 
   async #update(ring: VringState): Promise<void> {
-    if (ring.running !== undefined) await this.device.updateVring(ring.at(ring.running, this.form));
+    if (ring.running !== undefined) await this.device.updateVring(this.#at(ring, ring.running));
   }
 
   /** Stops the ring on the device; it keeps its fds and addresses and will go on from where it stopped. */
@@ -224,7 +239,7 @@ export class SessionState {
     try {
       for (const [ring, areas] of placed) if (areas === undefined) await this.#pause(ring);
       const kept: Vring[] = [];
-      for (const [ring, areas] of placed) if (areas !== undefined) kept.push(ring.at(areas, this.form));
+      for (const [ring, areas] of placed) if (areas !== undefined) kept.push(this.#at(ring, areas));
       await apply(kept);
     } catch (error) {
       await this.#startAll();
@@ -251,6 +266,11 @@ export class SessionState {
     throw new ProtocolError(
       `ring ${ring.index}: no single memory region holds each of its areas at ${hex(desc)}, ${hex(avail)} and ${hex(used)}`,
     );
+  }
+
+  /** The ring for the device. @throws ProtocolError when the inflight region is not made for it */
+  #at(ring: VringState, areas: Areas): Vring {
+    return ring.at(areas, this.form, this.#inflight?.place(ring.index, ring.size, this.form));
   }
 
   #translate(ring: VringState, table: MemoryTable) {

@@ -12,7 +12,7 @@ import { VRING_SIZE_MAX } from "../layout/virtio.ts";
 import { areaSizes, isRingSize, misaligned } from "./areas.ts";
 import type { Areas, RingForm } from "./areas.ts";
 import type { VringAddress } from "./codec.ts";
-import type { Vring } from "./device.ts";
+import type { InflightPlace, Vring } from "./device.ts";
 import { hex } from "./memory-table.ts";
 import type { AddressSpace, MemoryTable } from "./memory-table.ts";
 import { decodePackedBase, encodePackedBase, FIRST_POSITION, positionIndex } from "./position.ts";
@@ -39,9 +39,9 @@ export class VringState {
   }
 
   /** The ring for the device, with its areas at the given guest physical addresses. */
-  at({ desc, avail, used }: Areas, form: RingForm): Vring {
+  at({ desc, avail, used }: Areas, form: RingForm, inflight: InflightPlace | undefined): Vring {
     const { index, size, enabled, kick, call, err } = this;
-    return { index, size, desc, avail, used, base: this.baseOr(form), enabled, kick, call, err };
+    return { index, size, desc, avail, used, base: this.baseOr(form), enabled, kick, call, err, inflight };
   }
 
   /** The base, or where a ring of this form begins. */

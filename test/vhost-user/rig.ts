@@ -30,9 +30,10 @@ export const MQ = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_MQ);
 export const MEM_SLOTS = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS);
 export const GPA_ADDRESSES = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_GPA_ADDRESSES);
 export const RESET_DEVICE = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_RESET_DEVICE);
+export const INFLIGHT = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD);
 export const STATUS = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_STATUS);
 /** What a front-end of today negotiates: all that is offered, but ring addresses are its own. */
-export const USUAL_PROTOCOL_FEATURES = MQ | REPLY_ACK | BACKEND_REQ | RESET_DEVICE | MEM_SLOTS | STATUS;
+export const USUAL_PROTOCOL_FEATURES = MQ | REPLY_ACK | BACKEND_REQ | INFLIGHT | RESET_DEVICE | MEM_SLOTS | STATUS;
 
 export type Call =
   | { name: "setFeatures"; features: bigint }
