@@ -1,5 +1,7 @@
-/** Well-behaved driving of a rig: chains of any legal shape through SplitDriver, frames that know their number. */
+/** Well-behaved driving of a rig: chains of any legal shape through a ring's driver, frames that know their number. */
+import { PackedDriver } from "../../src/driver/packed.ts";
 import { SplitDriver } from "../../src/driver/split.ts";
+import type { VirtqueueDriver } from "../../src/driver/virtqueue.ts";
 import type { Ram, Ring } from "./rig.ts";
 
 /** How the bytes of a chain are spread over its descriptors. */
@@ -59,23 +61,16 @@ export class Bump {
 
 /** One virtqueue's driver, and where its outstanding chains lie. */
 export class ChainDriver {
-  readonly queue: SplitDriver;
+  readonly queue: VirtqueueDriver;
   readonly #ram: Ram;
   readonly #ring: Ring;
   readonly #buffers: Bump;
   readonly #chains = new Map<number, { gpa: bigint; len: number }[]>();
 
   constructor(ram: Ram, ring: Ring, buffers: Bump) {
-    const { size, desc: gpa, eventIdx, indirect, base } = ring;
-    this.queue = new SplitDriver({
-      buffer: ram.bytes.buffer,
-      byteOffset: ram.at(gpa),
-      gpa,
-      size,
-      eventIdx,
-      indirect,
-      base,
-    });
+    const { packed, size, desc: gpa, eventIdx, indirect, base } = ring;
+    const place = { buffer: ram.bytes.buffer, byteOffset: ram.at(gpa), gpa, size, eventIdx, indirect, base };
+    this.queue = packed ? new PackedDriver(place) : new SplitDriver(place);
     this.#ram = ram;
     this.#ring = ring;
     this.#buffers = buffers;

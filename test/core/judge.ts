@@ -38,10 +38,19 @@ export class Judge {
   /** Stops a virtqueue and starts it where it stopped. */
   restart(end: "source" | "destination"): void {
     const base = this.rig.lane.nextAvail(end);
-    expect(base).toBe(this.reference[end].nextAvail);
+    expect(base).toBe(this.reference[end].next);
     this.rig.start(end, base);
     this.rig.core.refresh();
     this.reference.restart(end, base);
+  }
+
+  /** Starts both virtqueues anew where their rings say. */
+  startAll(): void {
+    for (const end of ["source", "destination"] as const) {
+      this.rig.start(end);
+      this.reference.restart(end, this.rig[end].ring.base);
+    }
+    this.rig.core.refresh();
   }
 
   #compare<T>(real: () => T, reference: (from: ReferenceRam, to: ReferenceRam) => T): T {

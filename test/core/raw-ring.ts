@@ -1,5 +1,5 @@
-/** A virtqueue written byte by byte, with nothing to stop a driver from breaking every rule. */
-import type { Ram, Ring } from "./rig.ts";
+/** A virtqueue written byte by byte, with nothing to stop a driver from breaking every rule: what both formats have. */
+import type { Ring } from "./rig.ts";
 
 export const [NEXT, WRITE, INDIRECT] = [1, 2, 4];
 
@@ -10,73 +10,16 @@ export interface Descriptor {
   next?: number;
 }
 
-export class RawRing {
+export interface RawRing {
   readonly ring: Ring;
-  readonly #ram: Ram;
-  #availIdx: number;
-  #usedSeen: number;
-
-  /** Clears the ring. */
-  constructor(ram: Ram, ring: Ring) {
-    this.#ram = ram;
-    this.ring = ring;
-    this.#availIdx = this.#usedSeen = ring.base;
-    ram.slice(ring.desc, 16 * ring.size).fill(0);
-    ram.slice(ring.avail, 6 + 2 * ring.size).fill(0);
-    ram.slice(ring.used, 6 + 8 * ring.size).fill(0);
-    this.availIdx = ring.base;
-    this.#ram.view.setUint16(this.#ram.at(ring.used) + 2, ring.base, true);
-  }
-
-  describe(index: number, descriptor: Descriptor): void {
-    this.write(this.ring.desc + 16n * BigInt(index), descriptor);
-  }
-
+  /** Sets a descriptor of the chains to come; NEXT leads to the descriptor number `next`. */
+  describe(index: number, descriptor: Descriptor): void;
   /** A descriptor anywhere: in an indirect table. */
-  write(at: bigint, { gpa, len, flags = 0, next = 0 }: Descriptor): void {
-    const bytes = Buffer.alloc(16);
-    bytes.writeBigUInt64LE(gpa, 0);
-    bytes.writeUInt32LE(len, 8);
-    bytes.writeUInt16LE(flags, 12);
-    bytes.writeUInt16LE(next, 14);
-    this.#ram.slice(at, 16).set(bytes);
-  }
-
-  /** Makes heads available; they may be no heads at all. */
-  offer(...heads: number[]): void {
-    for (const head of heads) {
-      const entry = this.ring.avail + 4n + 2n * BigInt(this.#availIdx % this.ring.size);
-      this.#ram.view.setUint16(this.#ram.at(entry), head, true);
-      this.#availIdx = (this.#availIdx + 1) & 0xffff;
-    }
-    this.availIdx = this.#availIdx;
-  }
-
-  get availIdx(): number {
-    return this.#ram.view.getUint16(this.#ram.at(this.ring.avail) + 2, true);
-  }
-
-  set availIdx(index: number) {
-    this.#ram.view.setUint16(this.#ram.at(this.ring.avail) + 2, index, true);
-  }
-
-  set availFlags(flags: number) {
-    this.#ram.view.setUint16(this.#ram.at(this.ring.avail), flags, true);
-  }
-
-  set usedEvent(index: number) {
-    this.#ram.view.setUint16(this.#ram.at(this.ring.avail) + 4 + 2 * this.ring.size, index, true);
-  }
-
+  write(at: bigint, descriptor: Descriptor): void;
+  /** Makes the chains available that begin with these descriptors. */
+  offer(...heads: number[]): void;
+  /** Whether the driver wants calls. */
+  interrupts(wanted: boolean): void;
   /** What was used since the last call. */
-  used(): { id: number; len: number }[] {
-    const at = this.#ram.at(this.ring.used);
-    const entries: { id: number; len: number }[] = [];
-    for (const idx = this.#ram.view.getUint16(at + 2, true); this.#usedSeen !== idx;) {
-      const entry = at + 4 + 8 * (this.#usedSeen % this.ring.size);
-      entries.push({ id: this.#ram.view.getUint32(entry, true), len: this.#ram.view.getUint32(entry + 4, true) });
-      this.#usedSeen = (this.#usedSeen + 1) & 0xffff;
-    }
-    return entries;
-  }
+  used(): { id: number; len: number }[];
 }

@@ -1,12 +1,16 @@
 /**
- * What a lane must do, slow and plain: the device of virtio 1.3 (2.7 split virtqueues, 5.1.6 network frames) joined to
- * another, and the rules of our own that assembly/ states: which frames are refused, who waits, who is called.
+ * What a lane must do, slow and plain: the device of virtio 1.3 (2.7 split and 2.8 packed virtqueues, 5.1.6 network
+ * frames) joined to another, and the rules of our own that assembly/ states: which frames are refused, who waits, who is
+ * called. How a ring of either format works is in reference-split.ts and reference-packed.ts.
  *
  * It works on copies of both guests' RAM and applies to them what the device may write; after a poll real RAM must be
  * equal to its copy, byte for byte. It shares no code with the core, and no state. It knows no limit of work for one
  * poll: that is reached by rings of tens of thousands of descriptors only, and has work.test.ts.
  */
-import { ReferenceRam } from "./reference-ram.ts";
+import { ReferencePacked } from "./reference-packed.ts";
+import type { Chain, Offered, ReferenceQueue } from "./reference-queue.ts";
+import type { ReferenceRam } from "./reference-ram.ts";
+import { ReferenceSplit } from "./reference-split.ts";
 import type { PollResult, Ring } from "./rig.ts";
 
 const FRAME_BYTES = { min: 14, max: 65_600 };
@@ -23,30 +27,14 @@ export interface Counters {
 
 type Drop = keyof Counters["drops"];
 
-/** A virtqueue between two polls. */
-interface Queue {
-  ring: Ring;
-  nextAvail: number;
-  /** Undefined: just started, the used index is in guest memory. */
-  nextUsed: number | undefined;
-  /** Used index at the last decision about a call; undefined: none was made since the start. */
-  decided: number | undefined;
-  broken: boolean;
+function startQueue(ring: Ring, end: "source" | "destination", base = ring.base): ReferenceQueue {
+  const Queue = ring.packed ? ReferencePacked : ReferenceSplit;
+  return new Queue(ring, end === "destination", base);
 }
-
-interface Chain {
-  /** All bytes of its buffers, in order, as they lie in RAM. */
-  views: Uint8Array[];
-  length: number;
-}
-
-const startQueue = (ring: Ring, nextAvail = ring.base): Queue => {
-  return { ring, nextAvail, nextUsed: undefined, decided: undefined, broken: false };
-};
 
 export class ReferenceLane {
-  source: Queue;
-  destination: Queue;
+  source: ReferenceQueue;
+  destination: ReferenceQueue;
   /** Frames delivered by all polls so far. */
   readonly frames: Uint8Array[] = [];
   readonly counters: Counters = {
@@ -58,17 +46,17 @@ export class ReferenceLane {
     calls: { source: 0, destination: 0, suppressed: 0 },
     drops: { noReceiver: 0, noBuffer: 0, tooSmall: 0, malformed: 0, badFrame: 0, disabled: 0 },
   };
-  /** Avail index of the receiveq when it had too few buffers for the next frame. */
+  /** Position in the receiveq of the chain that was missing for the next frame. */
   #waitingAt: number | undefined;
 
   constructor(source: Ring, destination: Ring) {
-    this.source = startQueue(source);
-    this.destination = startQueue(destination);
+    this.source = startQueue(source, "source");
+    this.destination = startQueue(destination, "destination");
   }
 
   /** A stopped virtqueue is started again; whatever was waited for is looked at anew. */
   restart(end: "source" | "destination", base: number): void {
-    this[end] = startQueue(this[end].ring, base);
+    this[end] = startQueue(this[end].ring, end, base);
     this.#waitingAt = undefined;
   }
 
@@ -83,26 +71,25 @@ export class ReferenceLane {
     };
     const { source, destination } = this;
     if (source.broken) return result;
-    begin(from, source);
-    if (!destination.broken) begin(to, destination);
+    source.begin(from);
+    if (!destination.broken) destination.begin(to);
 
     const asleep = this.#waitingAt !== undefined && !stuck && isReceiving(destination);
-    if (asleep && availIndex(to, destination) === this.#waitingAt) return { ...result, waiting: true };
-    const offered = distance(source.nextAvail, availIndex(from, source));
-    if (offered === 0) return { ...result, waiting: this.#waitingAt !== undefined };
-    if (offered > source.ring.size) {
+    if (asleep && !destination.hasChain(to, this.#waitingAt!)) return { ...result, waiting: true };
+    if (source.isOverrun(from)) {
       source.broken = true;
       return { ...result, brokeSource: true };
     }
 
     const framesBefore = this.frames.length;
-    while (result.taken < Math.min(offered, budget)) {
-      const head = headAt(from, source, source.nextAvail);
-      if (head >= source.ring.size) {
+    while (result.taken < budget) {
+      const offered = source.look(from, source.next);
+      if (offered === "none") break;
+      if (offered === "broken") {
         source.broken = result.brokeSource = true;
         break;
       }
-      const fate = this.#carry(from, to, head, result);
+      const fate = this.#carry(to, offered, result);
       // Buffers came back: what waits from now on waits anew.
       if (fate === "wait" && (!stuck || this.frames.length > framesBefore)) break;
       if (fate === "wait") this.counters.drops.noBuffer++;
@@ -110,18 +97,17 @@ export class ReferenceLane {
         this.counters.drops[fate]++;
         this.#waitingAt = undefined;
       }
-      giveUsed(from, source, head, 0);
-      source.nextAvail = (source.nextAvail + 1) & 0xffff;
+      offered.giveBack(0);
       result.taken++;
     }
 
-    if (result.taken > 0) from.setU16(source.ring.used + 2n, source.nextUsed!);
+    source.publish(from);
     const delivered = this.frames.slice(framesBefore);
     this.counters.packets += delivered.length;
     this.counters.bytes += delivered.reduce((sum, frame) => sum + frame.length, 0);
     if (delivered.length > 0) this.counters.batches++;
     if (!destination.broken || result.brokeDestination) {
-      if (destination.decided !== destination.nextUsed) to.setU16(destination.ring.used + 2n, destination.nextUsed!);
+      destination.publish(to);
       result.callDestination = this.#decideCall(to, "destination");
     }
     result.callSource = this.#decideCall(from, "source");
@@ -131,14 +117,15 @@ export class ReferenceLane {
 
   /** Before blocking: a kick is wanted for what the lane waits for. @returns whether there is work already */
   arm(from: ReferenceRam, to: ReferenceRam, stuck: boolean): boolean {
-    if (this.source.broken) return false;
-    begin(from, this.source);
-    if (this.#waitingAt !== undefined && !stuck && isReceiving(this.destination)) {
-      requestKick(to, this.destination, this.#waitingAt);
-      return availIndex(to, this.destination) !== this.#waitingAt;
+    const { source, destination } = this;
+    if (source.broken) return false;
+    source.begin(from);
+    if (this.#waitingAt !== undefined && !stuck && isReceiving(destination)) {
+      destination.requestKick(to, this.#waitingAt);
+      return destination.hasChain(to, this.#waitingAt);
     }
-    requestKick(from, this.source, this.source.nextAvail);
-    return availIndex(from, this.source) !== this.source.nextAvail;
+    source.requestKick(from, source.next);
+    return source.hasChain(from, source.next);
   }
 
   /** Polling again: no kicks. */
@@ -148,16 +135,15 @@ export class ReferenceLane {
       [to, this.destination],
     ] as const) {
       if (queue.broken) continue;
-      begin(ram, queue);
-      suppressKicks(ram, queue);
+      queue.begin(ram);
+      queue.suppressKicks(ram);
     }
   }
 
   /** Takes one frame to where it belongs. */
-  #carry(from: ReferenceRam, to: ReferenceRam, head: number, result: PollResult): "delivered" | "wait" | Drop {
+  #carry(to: ReferenceRam, { chain }: Offered, result: PollResult): "delivered" | "wait" | Drop {
     const { ring } = this.source;
     if (!ring.enabled) return "disabled";
-    const chain = readChain(from, ring, head, false);
     if (!chain) return "malformed";
     const length = chain.length - ring.headerBytes;
     if (length < FRAME_BYTES.min || length > FRAME_BYTES.max) return "badFrame";
@@ -167,7 +153,8 @@ export class ReferenceLane {
     if (!isReceiving(this.destination)) return "noReceiver";
     const fate = this.#deliver(to, frame);
     if (fate === "broken") {
-      result.brokeDestination = true;
+      this.destination.broken = result.brokeDestination = true;
+      this.#waitingAt = undefined;
       return "noReceiver";
     }
     if (fate === "delivered") this.frames.push(frame);
@@ -179,30 +166,31 @@ export class ReferenceLane {
     const { destination: queue } = this;
     const { ring } = queue;
     const needed = ring.headerBytes + frame.length;
-    let taken: { head: number; chain: Chain }[] = [];
-    const room = () => taken.reduce((sum, { chain }) => sum + chain.length, 0);
+    let taken: (Offered & { chain: Chain })[] = [];
+    let room = 0;
+    let position = queue.next;
 
-    while (room() < needed) {
-      const offered = distance(queue.nextAvail, availIndex(ram, queue));
-      if (offered > ring.size) return this.#breakDestination();
-      if (taken.length === offered) {
-        if (offered === ring.size) return "tooSmall";
+    while (room < needed) {
+      const offered = queue.look(ram, position);
+      if (offered === "broken") return offered;
+      if (offered === "none") {
+        if (taken.reduce((sum, { slots }) => sum + slots, 0) === ring.size) return "tooSmall";
         if (this.#waitingAt === undefined) this.counters.waits++;
-        this.#waitingAt = availIndex(ram, queue);
+        this.#waitingAt = position;
         return "wait";
       }
-      const head = headAt(ram, queue, queue.nextAvail + taken.length);
-      if (head >= ring.size) return this.#breakDestination();
-      const chain = readChain(ram, ring, head, true);
+      const { chain } = offered;
+      position = offered.next;
       if (chain && chain.length > 0 && chain.length < 2 ** 32) {
         if (!ring.mergeable && chain.length < needed) return "tooSmall";
-        taken.push({ head, chain });
+        taken.push({ ...offered, chain });
+        room += chain.length;
         continue;
       }
       // Entries of one frame must be neighbours in the used ring, so what was taken before this one goes back too.
-      for (const each of [...taken.map((t) => t.head), head]) giveUsed(ram, queue, each, 0);
-      queue.nextAvail = (queue.nextAvail + taken.length + 1) & 0xffff;
+      for (const each of [...taken, offered]) each.giveBack(0);
       taken = [];
+      room = 0;
       this.counters.malformedBuffers++;
     }
 
@@ -210,116 +198,28 @@ export class ReferenceLane {
     if (ring.headerBytes === 12) new DataView(header.buffer).setUint16(10, taken.length, true);
     const bytes = Buffer.concat([header, frame]);
     let done = 0;
-    for (const { head, chain } of taken) {
+    for (const { chain, giveBack } of taken) {
       const part = bytes.subarray(done, done + chain.length);
       done += part.length;
       scatter(chain.views, part);
-      giveUsed(ram, queue, head, part.length);
+      giveBack(part.length);
     }
-    queue.nextAvail = (queue.nextAvail + taken.length) & 0xffff;
     this.#waitingAt = undefined;
     return "delivered";
   }
 
-  #breakDestination(): "broken" {
-    this.destination.broken = true;
-    this.#waitingAt = undefined;
-    return "broken";
-  }
-
-  /** After the used index is visible: whether the driver wants to hear of it. */
+  /** After what was used is visible: whether the driver wants to hear of it. */
   #decideCall(ram: ReferenceRam, end: "source" | "destination"): boolean {
-    const { ring, decided, nextUsed } = this[end];
-    if (decided === nextUsed) return false;
-    this[end].decided = nextUsed;
-    let due: boolean;
-    if (ring.eventIdx) {
-      const usedEvent = ram.u16(ring.avail + 4n + 2n * BigInt(ring.size));
-      // 2.7.7.2: call if the entry that used_event names is one of the new ones
-      due = distance(decided!, usedEvent) < distance(decided!, nextUsed!);
-    } else due = (ram.u16(ring.avail) & 1) === 0;
+    const due = this[end].decideCall(ram);
+    if (due === undefined) return false;
     if (due) this.counters.calls[end]++;
     else this.counters.calls.suppressed++;
     return due;
   }
 }
 
-/** How far a free-running 16-bit index went. */
-function distance(from: number, to: number): number {
-  return (to - from) & 0xffff;
-}
-
-function isReceiving({ broken, ring }: Queue): boolean {
+function isReceiving({ broken, ring }: ReferenceQueue): boolean {
   return !broken && ring.enabled;
-}
-
-/** The first look at a started ring. */
-function begin(ram: ReferenceRam, queue: Queue): void {
-  if (queue.nextUsed !== undefined) return;
-  queue.nextUsed = queue.decided = ram.u16(queue.ring.used + 2n);
-  suppressKicks(ram, queue);
-}
-
-function suppressKicks(ram: ReferenceRam, { ring }: Queue): void {
-  if (!ring.eventIdx) ram.setU16(ring.used, 1);
-}
-
-/** The driver shall kick when it makes the chain with this avail index available. */
-function requestKick(ram: ReferenceRam, { ring }: Queue, index: number): void {
-  if (ring.eventIdx) ram.setU16(ring.used + 4n + 8n * BigInt(ring.size), index);
-  else ram.setU16(ring.used, 0);
-}
-
-function availIndex(ram: ReferenceRam, { ring }: Queue): number {
-  return ram.u16(ring.avail + 2n);
-}
-
-function headAt(ram: ReferenceRam, { ring }: Queue, index: number): number {
-  return ram.u16(ring.avail + 4n + 2n * BigInt(index % ring.size));
-}
-
-function giveUsed(ram: ReferenceRam, queue: Queue, head: number, written: number): void {
-  const entry = queue.ring.used + 4n + 8n * BigInt(queue.nextUsed! % queue.ring.size);
-  ram.setU32(entry, head);
-  ram.setU32(entry + 4n, written);
-  queue.nextUsed = (queue.nextUsed! + 1) & 0xffff;
-}
-
-/**
- * The buffers of a chain (2.7.5, 2.7.7): at most as many as the ring has descriptors, all in RAM, all of one direction,
- * at most one indirect table, which ends the ring's part of the chain. Undefined if it breaks a rule.
- */
-function readChain(ram: ReferenceRam, ring: Ring, head: number, writable: boolean): Chain | undefined {
-  let table = { gpa: ring.desc, entries: ring.size, indirect: false };
-  let index = head;
-  const chain: Chain = { views: [], length: 0 };
-  for (let buffers = 0; buffers < ring.size;) {
-    const at = table.gpa + 16n * BigInt(index);
-    const views = ram.views(at, 16);
-    if (!views) return undefined;
-    const bytes = Buffer.concat(views);
-    const [gpa, length] = [bytes.readBigUInt64LE(0), bytes.readUInt32LE(8)];
-    const [flags, next] = [bytes.readUInt16LE(12), bytes.readUInt16LE(14)];
-    const [hasNext, isWritable, isIndirect] = [(flags & 1) !== 0, (flags & 2) !== 0, (flags & 4) !== 0];
-    if (isIndirect) {
-      if (table.indirect || hasNext || !ring.indirect || length === 0 || length % 16 !== 0) return undefined;
-      table = { gpa, entries: length / 16, indirect: true };
-      index = 0;
-      continue;
-    }
-    if (isWritable !== writable) return undefined;
-    if (length > 0) {
-      const buffer = ram.views(gpa, length);
-      if (!buffer) return undefined;
-      chain.views.push(...buffer);
-      chain.length += length;
-    }
-    if (!hasNext) return chain;
-    if (next >= table.entries) return undefined;
-    index = next;
-    buffers++;
-  }
-  return undefined;
 }
 
 function scatter(views: Uint8Array[], bytes: Uint8Array): void {

@@ -9,6 +9,7 @@ import { memfdCreate } from "../../native/memfd.ts";
 import { mapAnonymous, mapShared } from "../../native/mman.ts";
 import { type Core, instantiateCore } from "../../src/datapath/core.ts";
 import { Lane, type LaneCounters } from "../../src/datapath/lane.ts";
+import { PackedDriver } from "../../src/driver/packed.ts";
 import { SplitDriver } from "../../src/driver/split.ts";
 import {
   POLL_BROKE_DESTINATION,
@@ -22,6 +23,7 @@ import {
   VRING_EVENT_IDX,
   VRING_INDIRECT,
   VRING_MERGEABLE,
+  VRING_PACKED,
 } from "../../src/layout/lane.ts";
 import { type Extent, GuestMemory, createSegment } from "../../src/memory/guest-memory.ts";
 import type { RunningVring } from "../../src/ports/port.ts";
@@ -32,12 +34,17 @@ const FLAT_BYTES = 64 << 20;
 
 /** A virtqueue as both sides agreed on it. */
 export interface Ring {
+  packed: boolean;
   size: number;
+  /** Of a packed one: the descriptor ring, the driver's event area, the device's. */
   desc: bigint;
   avail: bigint;
   used: bigint;
+  /** The position to begin at: an avail index, or index | wrap << 15. */
   base: number;
   headerBytes: number;
+  /** OFFLOAD_* */
+  offloads: number;
   eventIdx: boolean;
   indirect: boolean;
   mergeable: boolean;
@@ -74,12 +81,18 @@ export interface RigPlan {
   observe?: (access: Access) => void;
 }
 
-/** Areas of a ring in one piece, as SplitDriver lays them. */
+/** Areas of a ring in one piece, as the driver of its format lays them. */
 export function ringAt(gpa: bigint, size: number, options: Partial<Ring> = {}): Ring {
-  const { desc, avail, used } = SplitDriver.layout(size, options.eventIdx ?? true);
+  const { packed = false, eventIdx = true } = options;
+  const { desc, avail, used } = packed ? PackedDriver.layout(size) : SplitDriver.layout(size, eventIdx);
   const areas = { desc: gpa + BigInt(desc), avail: gpa + BigInt(avail), used: gpa + BigInt(used) };
-  const negotiated = { eventIdx: true, indirect: true, mergeable: true, enabled: true };
-  return { size, base: 0, headerBytes: 12, ...areas, ...negotiated, ...options };
+  const negotiated = { eventIdx, indirect: true, mergeable: true, enabled: true };
+  return { packed, size, base: packed ? 0x8000 : 0, headerBytes: 12, offloads: 0, ...areas, ...negotiated, ...options };
+}
+
+/** Bytes of its areas. */
+export function areaBytes({ packed, size }: Ring): { desc: number; avail: number; used: number } {
+  return packed ? { desc: 16 * size, avail: 4, used: 4 } : { desc: 16 * size, avail: 6 + 2 * size, used: 6 + 8 * size };
 }
 
 /** A guest's RAM as its driver sees it: regions side by side in one buffer, in the order of the plan. */
@@ -247,7 +260,8 @@ function pad(segments: readonly WebAssembly.Memory[], count: number): WebAssembl
 }
 
 function runningVring({ ring, extents }: End, base: number): RunningVring {
-  const { size, headerBytes, eventIdx, indirect, mergeable, enabled } = ring;
+  const { packed, size, headerBytes, offloads, eventIdx, indirect, mergeable, enabled } = ring;
+  const bytes = areaBytes(ring);
   const locate = (gpa: bigint, sizeBytes: number) => {
     const extent = extents.find((e) => gpa >= e.gpa && gpa + BigInt(sizeBytes) <= e.gpa + e.sizeBytes);
     if (!extent) throw new RangeError(`ring area at gpa 0x${gpa.toString(16)} is in no extent`);
@@ -258,15 +272,17 @@ function runningVring({ ring, extents }: End, base: number): RunningVring {
     [eventIdx, VRING_EVENT_IDX],
     [indirect, VRING_INDIRECT],
     [mergeable, VRING_MERGEABLE],
+    [packed, VRING_PACKED],
   ] as const;
   return {
     start: Symbol("start"),
     size,
     base,
-    desc: locate(ring.desc, 16 * size),
-    avail: locate(ring.avail, 6 + 2 * size),
-    used: locate(ring.used, 6 + 8 * size),
+    desc: locate(ring.desc, bytes.desc),
+    avail: locate(ring.avail, bytes.avail),
+    used: locate(ring.used, bytes.used),
     headerBytes,
+    offloads,
     flags: flags.reduce((sum, [on, flag]) => sum | (on ? flag : 0), 0),
     kick: undefined,
     call: undefined,

@@ -7,8 +7,10 @@
  */
 import { frameOf } from "./chains.ts";
 import { Judge } from "./judge.ts";
-import { type Descriptor, INDIRECT, NEXT, RawRing, WRITE } from "./raw-ring.ts";
-import { Rig, type Ring, type RigPlan, ringAt } from "./rig.ts";
+import { RawPacked } from "./raw-packed.ts";
+import { type Descriptor, INDIRECT, NEXT, type RawRing, WRITE } from "./raw-ring.ts";
+import { RawSplit } from "./raw-split.ts";
+import { type Ram, Rig, type Ring, type RigPlan, ringAt } from "./rig.ts";
 
 export const DATA = 0x1_0000_0000n;
 export const SEAM = DATA + 0x10_0000n;
@@ -18,8 +20,43 @@ export const GOOD = SEAM - 0x2_0000n;
 const RING = 0x10_0000n;
 
 export type Direction = "transmit" | "receive";
-export type Where = { direction: Direction; size: number };
-type Options = { ring?: Partial<Ring>; zeroPage?: boolean } & Pick<RigPlan, "variant" | "observe">;
+export type Format = "split" | "packed";
+/** Which ring is under attack: its direction, format and size. The other one may be of the other format. */
+export type Where = { direction: Direction; size: number; format?: Format; peer?: Format };
+/** `ring`: of both rings. `base`: of the one under attack. `loopback`: both rings are the source's. */
+export type Options = { ring?: Partial<Ring>; base?: number; zeroPage?: boolean; loopback?: boolean } & Pick<
+  RigPlan,
+  "variant" | "observe"
+>;
+
+const SIZES = { split: [2, 4, 256, 32_768], packed: [2, 3, 300, 32_768] };
+
+/** Rings of every size under attack, in one format or both; every other one has a peer of the other format. */
+export function everywhere(...formats: Format[]): Required<Where>[] {
+  return (["transmit", "receive"] as const).flatMap((direction) =>
+    formats.flatMap((format) =>
+      SIZES[format].map((size, i) => {
+        const peer = (i % 2 === 0) === (format === "split") ? "split" : "packed";
+        return { direction, format, size, peer } as const;
+      }),
+    ),
+  );
+}
+
+function rawRing({ ram, ring }: { ram: Ram; ring: Ring }): RawRing {
+  return ring.packed ? new RawPacked(ram, ring) : new RawSplit(ram, ring);
+}
+
+/** The ring under attack, where only one format will do. */
+export function split({ ring }: { ring: RawRing }): RawSplit {
+  if (ring instanceof RawSplit) return ring;
+  throw new TypeError("not a split ring");
+}
+
+export function packed({ ring }: { ring: RawRing }): RawPacked {
+  if (ring instanceof RawPacked) return ring;
+  throw new TypeError("not a packed ring");
+}
 
 export class Stage {
   readonly direction: Direction;
@@ -29,9 +66,11 @@ export class Stage {
   readonly receiveq: RawRing;
   #frames = 0;
 
-  constructor({ direction, size }: Where, { ring = {}, zeroPage = false, ...core }: Options = {}) {
+  constructor(where: Where, { ring = {}, base, zeroPage, loopback, ...core }: Options = {}) {
+    const { direction, size, format = "split", peer = format } = where;
     const options = { eventIdx: false, ...ring };
-    const end = {
+    const attacked = base === undefined ? {} : { base };
+    const end = (as: Format, more: Partial<Ring>, at = RING) => ({
       regions: [
         ...(zeroPage ? [{ gpa: 0n, sizeBytes: 0x1000 }] : []),
         ...(size <= 1024
@@ -46,13 +85,25 @@ export class Stage {
             ]),
         { gpa: SEAM, sizeBytes: 0x1_0000 },
       ],
-      ring: ringAt(RING, size, options),
-    };
+      // a split ring's size is a power of two
+      ring: ringAt(at, as === "split" ? 2 ** Math.ceil(Math.log2(size)) : size, {
+        ...options,
+        ...more,
+        packed: as === "packed",
+      }),
+    });
     this.direction = direction;
-    this.rig = new Rig({ source: end, destination: end, ...core });
+    const isTransmit = direction === "transmit";
+    const source = isTransmit ? end(format, attacked) : end(peer, {});
+    const destination = isTransmit ? end(peer, {}) : end(format, attacked, loopback ? RING + 0x4000n : RING);
+    this.rig = new Rig({
+      source,
+      destination: loopback ? { in: "source", ring: destination.ring } : destination,
+      ...core,
+    });
     this.judge = new Judge(this.rig);
-    this.transmitq = new RawRing(this.rig.source.ram, end.ring);
-    this.receiveq = new RawRing(this.rig.destination.ram, end.ring);
+    this.transmitq = rawRing(this.rig.source);
+    this.receiveq = rawRing(this.rig.destination);
   }
 
   /** The ring under attack. */
