@@ -29,7 +29,7 @@ describe.skipIf(missing !== undefined)(`DPDK testpmd, one link${missing ? `: ${m
     await using testpmd = await start({ mergeable: given.mergeable });
     await testpmd.command(`set txpkts ${given.frame}`);
     await forward(testpmd);
-    await expectNothingLost(testpmd);
+    await expectNothingLost(testpmd, relay);
     await testpmd.quit();
   });
 
@@ -41,7 +41,7 @@ describe.skipIf(missing !== undefined)(`DPDK testpmd, one link${missing ? `: ${m
     });
     await testpmd.command("set txpkts 2000,2000,2000");
     await forward(testpmd);
-    await expectNothingLost(testpmd);
+    await expectNothingLost(testpmd, relay);
     await testpmd.quit();
   });
 
