@@ -6,8 +6,9 @@
  */
 import { Arena } from "../src/driver/guest.ts";
 import type { Window } from "../src/driver/guest.ts";
+import { PackedDriver } from "../src/driver/packed.ts";
 import { SplitDriver } from "../src/driver/split.ts";
-import type { ChainBuffer } from "../src/driver/virtqueue.ts";
+import type { ChainBuffer, VirtqueueDriver } from "../src/driver/virtqueue.ts";
 import { DESC_SIZE, NET_HDR_SIZE } from "../src/layout/virtio.ts";
 
 export const RING_SIZE = 512;
@@ -31,6 +32,10 @@ export interface Plan {
   layout: Layout;
 }
 
+/** The forms of the sender's transmitq and the receiver's receiveq. */
+export const RINGS = ["split", "packed", "split-packed", "packed-split"] as const;
+export type Rings = (typeof RINGS)[number];
+
 /** Frames under way at most: half a ring (chains of two descriptors fit as well), or what stays in the cache. */
 export function framesOf({ frameBytes }: Plan): number {
   return Math.min(RING_SIZE / 2, Math.floor(HOT_BYTES / 2 / (NET_HDR_SIZE + frameBytes)));
@@ -39,8 +44,8 @@ export function framesOf({ frameBytes }: Plan): number {
 export class Drivers {
   readonly #plan: Plan;
   readonly #frames: number;
-  readonly #transmitq: SplitDriver;
-  readonly #receiveq: SplitDriver;
+  readonly #transmitq: VirtqueueDriver;
+  readonly #receiveq: VirtqueueDriver;
   readonly #from: Window;
   readonly #to: Window;
   readonly #fromWords: Uint32Array;
@@ -54,7 +59,7 @@ export class Drivers {
   #toWord = 0;
 
   /** Lays the rings and posts all frames and buffers. @param source, destination windows of WINDOW_BYTES */
-  constructor(plan: Plan, source: Window, destination: Window) {
+  constructor(plan: Plan, rings: Rings, source: Window, destination: Window) {
     this.#plan = plan;
     const frames = (this.#frames = this.#number = framesOf(plan));
     const bytes = NET_HDR_SIZE + plan.frameBytes;
@@ -64,8 +69,8 @@ export class Drivers {
 
     const fromArena = new Arena(source);
     const toArena = new Arena(destination);
-    this.#transmitq = ring(fromArena);
-    this.#receiveq = ring(toArena);
+    this.#transmitq = ring(fromArena, rings.startsWith("packed"));
+    this.#receiveq = ring(toArena, rings.endsWith("packed"));
     this.#from = fromArena.take(frames * this.#fromStride, 4096);
     this.#to = toArena.take(frames * this.#toStride, 4096);
     this.#fromWords = wordsOf(this.#from);
@@ -92,10 +97,9 @@ export class Drivers {
     this.#transmitq.publish();
   }
 
-  /** Guest physical addresses of the two virtqueues. */
-  get rings(): { transmitq: RingAddresses; receiveq: RingAddresses } {
-    const addresses = ({ descGpa, availGpa, usedGpa }: SplitDriver) => ({ descGpa, availGpa, usedGpa });
-    return { transmitq: addresses(this.#transmitq), receiveq: addresses(this.#receiveq) };
+  /** The two virtqueues as they were laid, of which nothing was used yet. */
+  get rings(): { transmitq: LaidRing; receiveq: LaidRing } {
+    return { transmitq: laid(this.#transmitq), receiveq: laid(this.#receiveq) };
   }
 
   /**
@@ -154,11 +158,13 @@ export class Drivers {
   }
 }
 
-/** Guest physical addresses of a virtqueue's areas. */
-export interface RingAddresses {
+/** Where a virtqueue's areas are, guest physical, and where its device begins. */
+export interface LaidRing {
   descGpa: bigint;
   availGpa: bigint;
   usedGpa: bigint;
+  base: number;
+  packed: boolean;
 }
 
 const CACHE_LINE = 64;
@@ -170,9 +176,15 @@ function piece({ buffer, byteOffset, gpa }: Window, offset: number) {
   return { buffer, byteOffset: byteOffset + offset, gpa: gpa + BigInt(offset) };
 }
 
-function ring(arena: Arena): SplitDriver {
-  const place = arena.take(SplitDriver.layout(RING_SIZE, true).sizeBytes, 4096);
-  const driver = new SplitDriver({ ...place, size: RING_SIZE, eventIdx: true, indirect: true });
+function ring(arena: Arena, packed: boolean): VirtqueueDriver {
+  const Driver = packed ? PackedDriver : SplitDriver;
+  const place = arena.take(Driver.layout(RING_SIZE, true).sizeBytes, 4096);
+  const driver = new Driver({ ...place, size: RING_SIZE, eventIdx: true, indirect: true });
   driver.disableInterrupts();
   return driver;
+}
+
+function laid(driver: VirtqueueDriver): LaidRing {
+  const { descGpa, availGpa, usedGpa, lastUsed: base } = driver;
+  return { descGpa, availGpa, usedGpa, base, packed: driver instanceof PackedDriver };
 }

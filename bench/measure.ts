@@ -2,26 +2,47 @@
 import { once } from "node:events";
 import { Worker } from "node:worker_threads";
 import type { Carrier } from "./carriers.ts";
-import { CONTROL, CONTROL_REST, CONTROL_RUN, CONTROL_STOP, CONTROL_TURN, type DriverTask } from "./driver-thread.ts";
+import {
+  CONTROL,
+  CONTROL_REST,
+  CONTROL_RUN,
+  CONTROL_STOP,
+  CONTROL_TURN,
+  type DriverTask,
+  WHICH,
+} from "./driver-thread.ts";
 import { Drivers, framesOf } from "./drivers.ts";
-import type { Plan } from "./drivers.ts";
+import type { Plan, Rings } from "./drivers.ts";
 import type { Rig } from "./rig.ts";
 
 export const MODES = ["hot", "handoff", "two-cores"] as const;
 export type Mode = (typeof MODES)[number];
 
-export interface Bench {
+/** A rig with rings of these forms, and what carries its frames. */
+export interface Stand {
+  rings: Rings;
   rig: Rig;
   carriers: readonly Carrier[];
+}
+
+export interface Bench {
+  stands: readonly Stand[];
   rounds: number;
   driverCpu: number;
 }
 
 /** What one carrier made of one plan: nanoseconds per packet of each round, and the share of its polls that were idle. */
 export interface Figures {
+  rings: Rings;
   carrier: string;
   ns: number[];
   idle: number;
+}
+
+interface Contestant {
+  stand: number;
+  rings: Rings;
+  carrier: Carrier;
 }
 
 interface Slice {
@@ -37,35 +58,39 @@ const ATTEMPTS = 20;
 let warm = false;
 
 export async function measure(bench: Bench, mode: Mode, plan: Plan): Promise<Figures[]> {
-  const { rig, carriers, rounds } = bench;
+  const frames = framesOf(plan);
   if (mode === "hot") {
-    const drivers = new Drivers(plan, rig.source.window, rig.destination.window);
-    rig.start(drivers.rings);
-    verify(drivers, carriers, framesOf(plan));
-    return takeTurns(carriers, rounds, (carrier, ms) => drainSlice(carrier, ms, framesOf(plan), () => drivers.turn()));
+    const pairs = bench.stands.map(({ rings, rig, carriers }) => {
+      const drivers = new Drivers(plan, rings, rig.source.window, rig.destination.window);
+      rig.start(drivers.rings);
+      verify(drivers, carriers, frames);
+      return drivers;
+    });
+    return takeTurns(bench, ({ carrier, stand }, ms) => drainSlice(carrier, ms, frames, () => pairs[stand]!.turn()));
   }
   await using drivers = await startDriverThread(bench, plan);
-  const slice =
-    mode === "two-cores"
-      ? runSlice
-      : (carrier: Carrier, ms: number) => drainSlice(carrier, ms, framesOf(plan), () => drivers.turn());
-  if (mode === "two-cores") drivers.run();
-  return takeTurns(carriers, rounds, slice);
+  return takeTurns(bench, ({ carrier, stand }, ms) => {
+    drivers.select(stand);
+    if (mode === "handoff") return drainSlice(carrier, ms, frames, () => drivers.turn());
+    drivers.run();
+    const slice = runSlice(carrier, ms);
+    drivers.rest();
+    return slice;
+  });
 }
 
-/** One slice of each carrier a round, in an order that rotates, after one to warm up. */
-function takeTurns(
-  carriers: readonly Carrier[],
-  rounds: number,
-  slice: (carrier: Carrier, ms: number) => Slice,
-): Figures[] {
-  for (const carrier of carriers) slice(carrier, warm ? WARM_UP_MS : FIRST_WARM_UP_MS);
+/** One slice of each carrier of each stand a round, in an order that rotates, after one to warm up. */
+function takeTurns({ stands, rounds }: Bench, slice: (contestant: Contestant, ms: number) => Slice): Figures[] {
+  const contestants = stands.flatMap(({ rings, carriers }, stand) =>
+    carriers.map((carrier): Contestant => ({ stand, rings, carrier })),
+  );
+  for (const contestant of contestants) slice(contestant, warm ? WARM_UP_MS : FIRST_WARM_UP_MS);
   warm = true;
-  const figures = carriers.map(({ name }) => ({ carrier: name, ns: [] as number[], idle: 0 }));
+  const figures = contestants.map(({ rings, carrier }): Figures => ({ rings, carrier: carrier.name, ns: [], idle: 0 }));
   for (let round = 0; round < rounds; round++) {
-    for (let i = 0; i < carriers.length; i++) {
-      const turn = (round + i) % carriers.length;
-      const { ns, idle } = slice(carriers[turn]!, SLICE_MS);
+    for (let i = 0; i < contestants.length; i++) {
+      const turn = (round + i) % contestants.length;
+      const { ns, idle } = slice(contestants[turn]!, SLICE_MS);
       figures[turn]!.ns.push(ns);
       figures[turn]!.idle += idle / rounds;
     }
@@ -112,25 +137,40 @@ function runSlice(carrier: Carrier, ms: number): Slice {
 }
 
 interface DriverThread extends AsyncDisposable {
+  /** From now on the drivers of this stand; the others rest. */
+  select(stand: number): void;
   /** One turn of the drivers; returns when it is over. */
   turn(): void;
   /** From now on the drivers run by themselves. */
   run(): void;
+  /** No more turns after the one that is under way. */
+  rest(): void;
 }
 
-async function startDriverThread({ rig, driverCpu: cpu }: Bench, plan: Plan): Promise<DriverThread> {
-  const control = new Int32Array(new SharedArrayBuffer(4));
-  const task: DriverTask = { plan, source: rig.source.window, destination: rig.destination.window, cpu, control };
+async function startDriverThread({ stands, driverCpu: cpu }: Bench, plan: Plan): Promise<DriverThread> {
+  const control = new Int32Array(new SharedArrayBuffer(8));
+  const task: DriverTask = {
+    plan,
+    stands: stands.map(({ rings, rig }) => ({ rings, source: rig.source.window, destination: rig.destination.window })),
+    cpu,
+    control,
+  };
   const worker = new Worker(new URL("driver-thread.ts", import.meta.url), { workerData: task });
-  const [rings] = await once(worker, "message"); // rejects if the thread fails
-  rig.start(rings);
+  const [laid] = (await once(worker, "message")) as [Drivers["rings"][]]; // rejects if the thread fails
+  for (const [i, { rig }] of stands.entries()) rig.start(laid[i]!);
   return {
+    select(stand) {
+      Atomics.store(control, WHICH, stand);
+    },
     turn() {
       Atomics.store(control, CONTROL, CONTROL_TURN);
       while (Atomics.load(control, CONTROL) !== CONTROL_REST);
     },
     run() {
       Atomics.store(control, CONTROL, CONTROL_RUN);
+    },
+    rest() {
+      Atomics.store(control, CONTROL, CONTROL_REST);
     },
     async [Symbol.asyncDispose]() {
       Atomics.store(control, CONTROL, CONTROL_STOP);

@@ -2,11 +2,11 @@
 import { Lane } from "../src/datapath/lane.ts";
 import { Guest } from "../src/driver/guest.ts";
 import type { Window } from "../src/driver/guest.ts";
-import { VRING_ENABLED, VRING_EVENT_IDX, VRING_INDIRECT, VRING_MERGEABLE } from "../src/layout/lane.ts";
+import { VRING_ENABLED, VRING_EVENT_IDX, VRING_INDIRECT, VRING_MERGEABLE, VRING_PACKED } from "../src/layout/lane.ts";
 import { NET_HDR_SIZE } from "../src/layout/virtio.ts";
 import { GuestMemory } from "../src/memory/guest-memory.ts";
 import { RING_SIZE, WINDOW_BYTES } from "./drivers.ts";
-import type { Drivers, RingAddresses } from "./drivers.ts";
+import type { Drivers, LaidRing } from "./drivers.ts";
 
 const GPA = 0x4000_0000n;
 
@@ -40,17 +40,17 @@ function guestEnd(): End {
   return { memory, window: guest.window(GPA, WINDOW_BYTES), segments: memory.segments };
 }
 
-function vring({ memory }: End, { descGpa, availGpa, usedGpa }: RingAddresses) {
+function vring({ memory }: End, { descGpa, availGpa, usedGpa, base, packed }: LaidRing) {
   const locate = (gpa: bigint) => memory.locate(gpa, 1n)!;
   return {
     start: Symbol("start"),
     size: RING_SIZE,
-    base: 0,
+    base,
     desc: locate(descGpa),
     avail: locate(availGpa),
     used: locate(usedGpa),
     headerBytes: NET_HDR_SIZE,
-    flags: VRING_ENABLED | VRING_EVENT_IDX | VRING_INDIRECT | VRING_MERGEABLE,
+    flags: VRING_ENABLED | VRING_EVENT_IDX | VRING_INDIRECT | VRING_MERGEABLE | (packed ? VRING_PACKED : 0),
     kick: undefined,
     call: undefined,
     err: undefined,
