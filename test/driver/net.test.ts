@@ -8,6 +8,7 @@ import { Guest } from "../../src/driver/guest.ts";
 import { NetDriver } from "../../src/driver/net.ts";
 import type { NetDriverOptions } from "../../src/driver/net.ts";
 import { ConfigError } from "../../src/errors.ts";
+import { VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED } from "../../src/layout/virtio.ts";
 
 const GPA = 5n << 30n;
 
@@ -53,8 +54,20 @@ test.each<[string, Options]>([
   ["without event indexes", { eventIdx: false }],
   ["with neither", { mergeable: false, eventIdx: false, indirect: false }],
   ["with receive buffers far smaller than a frame", { receiveBufferBytes: 256, ringSize: 256 }],
+  ["packed rings", { packed: true }],
+  ["packed rings of a size that is no power of two, in order", { packed: true, inOrder: true, ringSize: 50 }],
+  ["packed rings without mergeable buffers and event indexes", { packed: true, mergeable: false, eventIdx: false }],
+  ["packed rings with small receive buffers", { packed: true, receiveBufferBytes: 256, ringSize: 200 }],
+  ["in order", { inOrder: true }],
 ])("frames come back equal and in order: %s", { timeout: 30_000 }, async (_, options) => {
-  await echo(options, (driver) => exchange(driver, 0, LENGTHS, 1000));
+  await echo(options, (driver) => {
+    const has = (feature: number) => (driver.features & (1n << BigInt(feature))) !== 0n;
+    expect([has(VIRTIO_F_RING_PACKED), has(VIRTIO_F_IN_ORDER)]).toEqual([
+      options.packed ?? false,
+      options.inOrder ?? false,
+    ]);
+    exchange(driver, 0, LENGTHS, 1000);
+  });
 });
 
 test("queue pairs are apart: each gets its own frames back", { timeout: 30_000 }, async () => {
