@@ -85,6 +85,7 @@ export class NetDriver implements Disposable {
     const pair: PairOptions = {
       ringSize,
       packed: has(VIRTIO_F_RING_PACKED),
+      inOrder: has(VIRTIO_F_IN_ORDER),
       eventIdx: has(VIRTIO_RING_F_EVENT_IDX),
       indirect: has(VIRTIO_RING_F_INDIRECT_DESC),
       mergeable,

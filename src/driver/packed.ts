@@ -32,6 +32,7 @@ import {
   VRING_PACKED_EVENT_F_WRAP_CTR,
   VRING_SIZE_MAX,
 } from "../layout/virtio.ts";
+import { ChainOrder } from "./order.ts";
 import {
   ADDR_WORD,
   CACHE_LINE,
@@ -96,6 +97,8 @@ export class PackedDriver implements VirtqueueDriver {
   readonly #fence = new Int32Array(new SharedArrayBuffer(4));
   #given = 0; // chains published and not yet popped
   #slotsSinceKick = 0;
+  readonly #order: ChainOrder | undefined;
+  #batchLen = 0; // length in the used descriptor of the batch that is being taken, for its last chain
 
   /** The areas of a ring of `size` descriptors, each event area on its own cache line. */
   static layout(size: number): RingLayout {
@@ -132,6 +135,7 @@ export class PackedDriver implements VirtqueueDriver {
     this.#writable = new Float64Array(size).fill(NOT_OUTSTANDING);
     this.#chainLength = new Uint16Array(size).fill(1);
     this.#numFree = size;
+    if (place.inOrder) this.#order = new ChainOrder(size);
     this.#availIndex = this.#usedIndex = index;
     this.#availFlags = (base & WRAP) === 0 ? USED : AVAIL;
     this.#usedFlags = (base & WRAP) === 0 ? 0 : AVAIL | USED;
@@ -233,8 +237,8 @@ export class PackedDriver implements VirtqueueDriver {
   }
 
   pop(): number {
-    if (this.#seenSlots <= 0 && !this.#look()) return -1;
-    const id = this.#readUsed(this.#usedIndex);
+    const id = this.#takeUsed();
+    if (id < 0) return -1;
     const count = this.#chainLength[id]!;
     this.#advanceUsed(this.#usedIndex + count, 1);
     let tail = id;
@@ -248,6 +252,7 @@ export class PackedDriver implements VirtqueueDriver {
   }
 
   recycle(limit: number): number {
+    if (this.#order) throw new RangeError("recycle() on a ring with VIRTIO_F_IN_ORDER");
     let count = 0;
     let bytes = 0;
     while (count < limit && (this.#seenSlots > 0 || this.#look())) {
@@ -309,6 +314,23 @@ export class PackedDriver implements VirtqueueDriver {
     }
     this.#availIndex = index;
     this.#addedChains++;
+    this.#order?.add(id);
+  }
+
+  /** The id of the next used chain, -1 if there is none; `usedLen` holds its length. */
+  #takeUsed(): number {
+    const order = this.#order;
+    if (!order || order.left === 0) {
+      if (this.#seenSlots <= 0 && !this.#look()) return -1;
+      const index = this.#usedIndex;
+      const id = this.#readUsed(index);
+      if (!order) return id;
+      if (!order.begin(id, this.#given)) this.#fail(index, `id ${id} is not of one of ${this.#given} chains in order`);
+      this.#batchLen = this.usedLen;
+    }
+    const id = order.take();
+    this.usedLen = order.left === 0 ? this.#batchLen : this.#writable[id]!;
+    return id;
   }
 
   /** Reads the used descriptor there. @returns its id; `usedLen` holds its length */
@@ -356,8 +378,9 @@ export class PackedDriver implements VirtqueueDriver {
     return true;
   }
 
-  /** Whether the device has used `slots` descriptors or more that were not popped. */
+  /** Whether the device has used `slots` descriptors or more that were not popped; in order, whether it has used any. */
   #hasUsed(slots: number): boolean {
+    if (this.#order && this.#order.left > 0) return true;
     let index = this.#usedIndex;
     let wanted = this.#usedFlags;
     for (let found = 0; found < slots;) {
@@ -365,6 +388,7 @@ export class PackedDriver implements VirtqueueDriver {
       if ((flags & (AVAIL | USED)) !== wanted) return false;
       const id = this.#desc[index * DESC_WORDS + LAST_WORD]! & 0xffff;
       if (id >= this.size) this.#failEntry(index, id, 0);
+      if (this.#order) return true; // how many, pop() will see
       found += this.#chainLength[id]!;
       index += this.#chainLength[id]!;
       if (index >= this.size) {

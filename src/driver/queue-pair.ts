@@ -17,6 +17,8 @@ export interface PairOptions {
   ringSize: number;
   /** VIRTIO_F_RING_PACKED was negotiated. */
   packed: boolean;
+  /** VIRTIO_F_IN_ORDER was negotiated. */
+  inOrder: boolean;
   eventIdx: boolean;
   indirect: boolean;
   /** VIRTIO_NET_F_MRG_RXBUF was negotiated: a frame may fill several receive buffers. */
@@ -46,11 +48,11 @@ export class QueuePair {
   }
 
   constructor(arena: Arena, options: PairOptions, kicks: { receive: number; transmit: number }) {
-    const { ringSize, eventIdx, mergeable, receiveBufferBytes, frameBytesMax } = options;
+    const { ringSize, eventIdx, indirect, inOrder, mergeable, receiveBufferBytes, frameBytesMax } = options;
     const Driver = driverClass(options.packed);
     const ring = (): VirtqueueDriver => {
       const place = arena.take(Driver.layout(ringSize, eventIdx).sizeBytes, CACHE_LINE);
-      return new Driver({ ...place, size: ringSize, eventIdx, indirect: options.indirect });
+      return new Driver({ ...place, size: ringSize, eventIdx, indirect, inOrder });
     };
     this.receiveq = ring();
     this.transmitq = ring();

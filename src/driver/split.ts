@@ -30,6 +30,7 @@ import {
   VRING_SIZE_MAX,
   VRING_USED_F_NO_NOTIFY,
 } from "../layout/virtio.ts";
+import { ChainOrder } from "./order.ts";
 import {
   ADDR_WORD,
   CACHE_LINE,
@@ -80,6 +81,8 @@ export class SplitDriver implements VirtqueueDriver {
   #publishedSinceKick = 0;
   #lastUsed: number;
   #usedSeen: number;
+  readonly #order: ChainOrder | undefined;
+  #batchLen = 0; // length in the used entry of the batch that is being taken, for its last chain
 
   /** The areas of a ring of `size` descriptors, used ring on its own cache line. */
   static layout(size: number, eventIdx: boolean): RingLayout {
@@ -115,6 +118,7 @@ export class SplitDriver implements VirtqueueDriver {
     this.#writable = new Float64Array(size).fill(NOT_OUTSTANDING);
     this.#chainLength = new Uint16Array(size).fill(1);
     this.#numFree = size;
+    if (place.inOrder) this.#order = new ChainOrder(size);
     this.#availIdx = this.#published = this.#lastUsed = this.#usedSeen = base;
     Atomics.store(this.#avail, AVAIL_IDX >> 1, base);
     Atomics.store(this.#usedWords, USED_IDX >> 1, base);
@@ -202,26 +206,25 @@ export class SplitDriver implements VirtqueueDriver {
   }
 
   pop(): number {
-    if (this.#lastUsed === this.#usedSeen) this.#loadUsedIdx();
-    if (this.#lastUsed === this.#usedSeen) return -1;
-    const word = (this.#lastUsed & this.#mask) * USED_WORDS;
-    const head = this.#used[word + USED_ID_WORD]!;
-    const len = this.#used[word + USED_LEN_WORD]!;
-    if (head > this.#mask || len > this.#writable[head]!) this.#failEntry(head, len);
+    const head = this.#takeUsed();
+    if (head < 0) return -1;
     const count = this.#chainLength[head]!;
-    let tail = head;
-    for (let i = 1; i < count; i++) tail = this.#nextFree[tail]!;
-    this.#nextFree[tail] = this.#freeHead;
-    this.#freeHead = head;
+    // In order, the free descriptors are always the next ones of the ring, linked as they were in the beginning.
+    if (!this.#order) {
+      let tail = head;
+      for (let i = 1; i < count; i++) tail = this.#nextFree[tail]!;
+      this.#nextFree[tail] = this.#freeHead;
+      this.#freeHead = head;
+    }
     this.#numFree += count;
     if (count > 1) this.#chainLength[head] = 1;
     this.#writable[head] = NOT_OUTSTANDING;
     this.#lastUsed = (this.#lastUsed + 1) & 0xffff;
-    this.usedLen = len;
     return head;
   }
 
   recycle(limit: number): number {
+    if (this.#order) throw new RangeError("recycle() on a ring with VIRTIO_F_IN_ORDER");
     if (this.#lastUsed === this.#usedSeen) this.#loadUsedIdx();
     const count = Math.min(limit, (this.#usedSeen - this.#lastUsed) & 0xffff);
     const used = this.#used;
@@ -261,6 +264,28 @@ export class SplitDriver implements VirtqueueDriver {
     this.#writable[head] = writable;
     this.#avail[(AVAIL_RING >> 1) + (this.#availIdx & this.#mask)] = head;
     this.#availIdx = (this.#availIdx + 1) & 0xffff;
+    this.#order?.add(head);
+  }
+
+  /** The head of the next used chain, -1 if there is none; `usedLen` holds its length. */
+  #takeUsed(): number {
+    if (this.#lastUsed === this.#usedSeen) this.#loadUsedIdx();
+    if (this.#lastUsed === this.#usedSeen) return -1;
+    const order = this.#order;
+    if (!order || order.left === 0) {
+      const word = (this.#lastUsed & this.#mask) * USED_WORDS;
+      const head = this.#used[word + USED_ID_WORD]!;
+      const len = this.#used[word + USED_LEN_WORD]!;
+      if (head > this.#mask || len > this.#writable[head]!) this.#failEntry(head, len);
+      this.usedLen = len;
+      if (!order) return head;
+      const most = (this.#usedSeen - this.#lastUsed) & 0xffff;
+      if (!order.begin(head, most)) this.#fail(`id ${head} is not of one of the next ${most} chains in order`);
+      this.#batchLen = len;
+    }
+    const head = order.take();
+    this.usedLen = order.left === 0 ? this.#batchLen : this.#writable[head]!;
+    return head;
   }
 
   #loadUsedIdx(): void {

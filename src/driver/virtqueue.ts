@@ -38,6 +38,8 @@ export interface RingPlace {
   eventIdx: boolean;
   /** VIRTIO_F_INDIRECT_DESC was negotiated. */
   indirect: boolean;
+  /** VIRTIO_F_IN_ORDER was negotiated; default: no. */
+  inOrder?: boolean;
   /** Where to begin: what GET_VRING_BASE of an emptied ring returned. Default: as a new ring does. */
   base?: number;
 }
@@ -103,7 +105,8 @@ export interface VirtqueueDriver {
 
   /**
    * Takes back up to `limit` used chains and makes each available again as it is: same descriptors, same buffers.
-   * A bench posts and reaps through this alone. Allocates nothing; seen by the device after publish().
+   * A bench posts and reaps through this alone. Allocates nothing; seen by the device after publish(). Not for a ring
+   * whose descriptors are used in order: this would not.
    * @returns how many; `usedLen` then holds the bytes the device wrote into all of them
    * @throws DeviceError if the device broke the ring, which is of no further use then
    */
