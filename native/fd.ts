@@ -10,6 +10,7 @@ const F_SETFL = 4;
 const F_DUPFD_CLOEXEC = 1030;
 const O_ACCMODE = 3;
 const O_RDONLY = 0;
+const O_WRONLY = 1;
 const O_RDWR = 2;
 const O_NONBLOCK = 0o4000;
 const O_PATH = 0o10000000;
@@ -34,6 +35,12 @@ export function fdKind(fd: number): FdKind {
 export function isWritable(fd: number): boolean {
   const flags = statusFlags(fd);
   return (flags & O_PATH) === 0 && (flags & O_ACCMODE) !== O_RDONLY;
+}
+
+/** Whether read(2) is allowed on it; false for an O_PATH fd. */
+export function isReadable(fd: number): boolean {
+  const flags = statusFlags(fd);
+  return (flags & O_PATH) === 0 && (flags & O_ACCMODE) !== O_WRONLY;
 }
 
 /** Whether it can be mapped shared and writable. */

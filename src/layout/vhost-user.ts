@@ -72,6 +72,7 @@ export const VHOST_USER_GET_VRING_BASE_SKIP_DRAIN = 45;
 
 // Protocol feature bit numbers
 export const VHOST_USER_PROTOCOL_F_MQ = 0;
+export const VHOST_USER_PROTOCOL_F_RARP = 2;
 export const VHOST_USER_PROTOCOL_F_REPLY_ACK = 3;
 export const VHOST_USER_PROTOCOL_F_MTU = 4;
 export const VHOST_USER_PROTOCOL_F_BACKEND_REQ = 5;
@@ -81,7 +82,10 @@ export const VHOST_USER_PROTOCOL_F_RESET_DEVICE = 13;
 export const VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS = 14;
 export const VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS = 15;
 export const VHOST_USER_PROTOCOL_F_STATUS = 16;
+export const VHOST_USER_PROTOCOL_F_DEVICE_STATE = 19;
+export const VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT = 20;
 export const VHOST_USER_PROTOCOL_F_GPA_ADDRESSES = 21;
+export const VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN = 23;
 
 export const U64_SIZE = 8;
 
@@ -120,6 +124,18 @@ export const SINGLE_REGION = 8;
 export const CONFIG_HEADER_SIZE = 12;
 export const CONFIG_OFFSET = 0;
 export const CONFIG_SIZE = 4;
+
+// The payload of SET_DEVICE_STATE_FD: u32 direction, u32 phase. Its reply: bits 0-7 an error, bit 8 "no fd"
+export const DEVICE_STATE_SIZE = 8;
+export const DEVICE_STATE_DIRECTION = 0;
+export const DEVICE_STATE_PHASE = 4;
+export const DEVICE_STATE_SAVE = 0;
+export const DEVICE_STATE_LOAD = 1;
+export const DEVICE_STATE_PHASE_STOPPED = 0;
+export const DEVICE_STATE_NOFD = 0x100;
+
+// The payload of SEND_RARP: a MAC address in the first bytes of a u64
+export const MAC_SIZE = 6;
 
 // The payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD: u64 mmap size, u64 mmap offset, u16 queues, u16 queue size, padding
 export const INFLIGHT_SIZE = 24;

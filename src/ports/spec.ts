@@ -1,14 +1,19 @@
 /** Ports as a user writes them: `KIND[:ADDRESS][,OPTION[=VALUE]]...`. */
 import { ConfigError } from "../errors.ts";
+import { SEGMENTS_MAX, SEGMENT_PAGES } from "../layout/lane.ts";
 import { MTU_MAX, MTU_MIN } from "../layout/virtio.ts";
 import type { SocketAddress } from "../vhost-user/endpoint.ts";
 
 export const PORT_SYNTAX =
-  "vhost-user:PATH|fd=N[,connect][,queues=N][,queue-unit=pairs|vrings][,mac=MAC][,mtu=N] | loopback | null";
+  "vhost-user:PATH|fd=N[,connect][,queues=N][,queue-unit=pairs|vrings][,mac=MAC][,mtu=N][,guest-announce]" +
+  "[,memory-max=SIZE] | loopback | null";
 /** Queue pairs of one vhost-user port (ring indexes are 8 bits wide in SET_VRING_KICK). */
 const QUEUE_PAIRS_MAX = 128;
 /** sun_path of struct sockaddr_un, less the final zero. */
 const SOCKET_PATH_MAX = 107;
+/** What the segments of a guest hold. */
+export const MEMORY_MAX_BYTES = BigInt(SEGMENTS_MAX * SEGMENT_PAGES) * 65536n;
+const SIZE_UNITS: Record<string, bigint> = { "": 1n, K: 1n << 10n, M: 1n << 20n, G: 1n << 30n };
 
 export interface VhostUserSpec {
   kind: "vhost-user";
@@ -20,6 +25,10 @@ export interface VhostUserSpec {
   /** The guest's MAC address, 6 bytes, and MTU, where this port is to tell the guest's driver. */
   mac: Uint8Array | undefined;
   mtu: number | undefined;
+  /** The driver announces itself after a migration; it needs a control virtqueue for it, which the front-end must have. */
+  guestAnnounce?: boolean;
+  /** Bytes of guest memory that are taken; without it, what there is room for. */
+  memoryMaxBytes?: bigint;
 }
 
 type PortSpec = VhostUserSpec | { kind: "loopback" | "null"; text: string };
@@ -66,6 +75,13 @@ const OPTIONS: Record<string, (port: VhostUserSpec, value: string | undefined) =
   mtu(port, value) {
     port.mtu = number("mtu", value, MTU_MIN, MTU_MAX);
   },
+  "guest-announce"(port, value) {
+    if (value !== undefined) throw new ConfigError("guest-announce takes no value");
+    port.guestAnnounce = true;
+  },
+  "memory-max"(port, value) {
+    port.memoryMaxBytes = size("memory-max", value ?? "");
+  },
 };
 
 function vhostUser(text: string, address: string, options: string[]): VhostUserSpec {
@@ -104,6 +120,16 @@ function number(name: string, text: string | undefined, low: number, high: numbe
     throw new ConfigError(`${name}=${text ?? ""} must be a number ${what}from ${low} to ${high}`);
   }
   return value;
+}
+
+/** Bytes, as `8G`, `512M`, `64K` or a plain number; at most what there is room for anyway. */
+function size(name: string, text: string): bigint {
+  const [, digits = "", unit = ""] = /^(\d+)([KMG]?)$/.exec(text) ?? [];
+  const bytes = BigInt(digits) * (SIZE_UNITS[unit] ?? 0n);
+  if (bytes === 0n || bytes > MEMORY_MAX_BYTES) {
+    throw new ConfigError(`${name}=${text} must be a size such as 8G, at most ${MEMORY_MAX_BYTES >> 30n}G`);
+  }
+  return bytes;
 }
 
 /** Six bytes of a station: a group address, or none at all, cannot be a guest's own. */

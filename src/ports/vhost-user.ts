@@ -19,6 +19,7 @@ import {
   VIRTIO_F_RING_PACKED,
   VIRTIO_F_RING_RESET,
   VIRTIO_F_VERSION_1,
+  VIRTIO_NET_F_GUEST_ANNOUNCE,
   VIRTIO_NET_F_MAC,
   VIRTIO_NET_F_MQ,
   VIRTIO_NET_F_MRG_RXBUF,
@@ -35,10 +36,11 @@ import { Server, type ServerEvent } from "../vhost-user/server.ts";
 import type { Area, Change, GuestPort, InflightPlace, RunningVring } from "./port.ts";
 import { OFFLOAD_FEATURES, offloadsOf } from "./offloads.ts";
 import type { Recovery } from "./inflight-file.ts";
+import { rarpFrame } from "./rarp.ts";
 import { recoverPacked } from "./recover-packed.ts";
 import { recoverSplit } from "./recover-split.ts";
 import { areaView, packedFlags } from "./ring-memory.ts";
-import type { VhostUserSpec } from "./spec.ts";
+import { MEMORY_MAX_BYTES, type VhostUserSpec } from "./spec.ts";
 
 /** Virtio features offered whatever the number of queues. */
 const FEATURES = [
@@ -65,6 +67,7 @@ export class VhostUserPort implements GuestPort, Device {
   readonly spec: string;
   readonly queuePairs: number;
   readonly queueUnit: Device["queueUnit"];
+  readonly memoryMaxBytes: bigint;
   readonly features: bigint;
   readonly memory = new GuestMemory();
   readonly #options: VhostUserOptions;
@@ -76,14 +79,17 @@ export class VhostUserPort implements GuestPort, Device {
   #server: Server | undefined;
   #change: Change = () => Promise.reject(new Error("the port is not open"));
   #nextAvail: (index: number) => number = () => 0;
+  #inject: (frame: Uint8Array) => void = () => {};
 
   constructor(options: VhostUserOptions) {
     this.#options = options;
     this.spec = options.spec;
     this.queuePairs = options.queuePairs;
     this.queueUnit = options.queueUnit;
+    this.memoryMaxBytes = options.memoryMaxBytes ?? MEMORY_MAX_BYTES;
     const bits = [...FEATURES];
     if (options.queuePairs > 1) bits.push(VIRTIO_NET_F_MQ);
+    if (options.guestAnnounce) bits.push(VIRTIO_NET_F_GUEST_ANNOUNCE);
     if (options.mac) bits.push(VIRTIO_NET_F_MAC);
     if (options.mtu !== undefined) bits.push(VIRTIO_NET_F_MTU);
     this.features = bits.reduce((mask, bit) => mask | (1n << BigInt(bit)), 0n);
@@ -118,7 +124,8 @@ export class VhostUserPort implements GuestPort, Device {
     return this.#vrings.get(index);
   }
 
-  async open(change: Change, nextAvail: (index: number) => number): Promise<void> {
+  async open(change: Change, nextAvail: (index: number) => number, inject: (frame: Uint8Array) => void): Promise<void> {
+    this.#inject = inject;
     this.#change = change;
     this.#nextAvail = nextAvail;
     this.#server = new Server(this, { ...this.#options.socket, onEvent: (event) => this.#observe(event) });
@@ -126,6 +133,10 @@ export class VhostUserPort implements GuestPort, Device {
 
   async close(): Promise<void> {
     await this.#server?.[Symbol.asyncDispose]();
+  }
+
+  announce(mac: Uint8Array): void {
+    this.#inject(rarpFrame(mac));
   }
 
   setMtu(mtu: number): void {

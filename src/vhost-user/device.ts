@@ -55,12 +55,16 @@ export interface Device {
   readonly features: bigint;
   /** Queue pairs; virtqueues 2n and 2n + 1 are pair n. */
   readonly queuePairs: number;
+  /** Bytes of memory regions that are taken, all together. */
+  readonly memoryMaxBytes: bigint;
   /** What GET_QUEUE_NUM counts. */
   readonly queueUnit: "pairs" | "vrings";
   /** The start of the configuration space, the rest is 0; undefined: it is the front-end's business. */
   readonly config: Uint8Array | undefined;
   /** The MTU that the front-end gave its driver; called only by a device that offers VIRTIO_NET_F_MTU. */
   setMtu(mtu: number): void;
+  /** Tells the network that the station with this address is here now; not waited for. */
+  announce(mac: Uint8Array): void;
   /** Virtio features the driver acknowledged, without bit 30; called only while no ring is started. */
   setFeatures(features: bigint): Promise<void>;
   /**

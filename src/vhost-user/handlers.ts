@@ -46,6 +46,12 @@ const SIGNAL_KINDS: FdKind[] = ["eventfd", "socket"];
 
 const STATUS_MAX = 0xffn;
 
+/** Protocol features and what they need; beside INBAND_NOTIFICATIONS, where the connection is to be closed. */
+const NEEDED_PROTOCOL_FEATURES = [
+  [L.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT, L.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD],
+  [L.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN, L.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT],
+] as const;
+
 export const getFeatures: Handler = ({ device }) => encodeU64(device.features | PROTOCOL_FEATURES_BIT);
 
 export const setFeatures: Handler = async (state, { payload }) => {
@@ -65,6 +71,11 @@ export const setProtocolFeatures: Handler = (state, { payload }) => {
     throw new ProtocolError("INBAND_NOTIFICATIONS without REPLY_ACK and BACKEND_REQ", "drop");
   }
   checkOffered("protocol feature", features, state.offeredProtocolFeatures);
+  for (const [feature, needed] of NEEDED_PROTOCOL_FEATURES) {
+    if (features & bit(feature) && !(features & bit(needed))) {
+      throw new ProtocolError(`protocol feature ${feature} without ${needed}, which it builds on`);
+    }
+  }
   state.protocolFeatures = features;
 };
 
@@ -159,6 +170,35 @@ export const setConfig: Handler = () => {
   throw new ProtocolError("the whole configuration space is read-only");
 };
 
+/** A guest came from another host, and its driver cannot announce it. */
+export const sendRarp: Handler = (state, { payload }) => {
+  const mac = payload.subarray(0, L.MAC_SIZE);
+  if (((mac[0] ?? 0) & 1) !== 0 || mac.every((byte) => byte === 0)) {
+    throw new ProtocolError(`${mac.toString("hex")} is no address of a station`);
+  }
+  state.announce(mac);
+};
+
+export const setDeviceStateFd: Handler = (state, { payload, fds }) => {
+  const direction = payload.readUInt32LE(L.DEVICE_STATE_DIRECTION);
+  const phase = payload.readUInt32LE(L.DEVICE_STATE_PHASE);
+  const [fd] = fds;
+  if (fd === undefined || fds.length !== 1) {
+    throw new ProtocolError(`${fds.length} fds with SET_DEVICE_STATE_FD, expected 1`);
+  }
+  if (direction > L.DEVICE_STATE_LOAD || phase !== L.DEVICE_STATE_PHASE_STOPPED) {
+    throw new ProtocolError(`device state with direction ${direction}, phase ${phase}: neither save nor load, stopped`);
+  }
+  state.transferState(fd, direction === L.DEVICE_STATE_SAVE ? "save" : "load");
+  return encodeU64(BigInt(L.DEVICE_STATE_NOFD));
+};
+
+/** Waits until the state has gone through. */
+export const checkDeviceState: Handler = async (state) => {
+  await state.checkTransfer();
+  return encodeU64(0n);
+};
+
 /** Comes before SET_FEATURES, so it cannot depend on what the driver acknowledges. */
 export const netSetMtu: Handler = ({ device }, { payload }) => {
   const mtu = decodeU64(payload);
@@ -200,7 +240,6 @@ function checkOffered(what: string, features: bigint, offered: bigint): void {
   if (others !== 0n) throw new ProtocolError(`${what} bits ${hex(others)} were not offered (offered: ${hex(offered)})`);
 }
 
-/** A saturated call or err counter must never block a poller, so those fds are made non-blocking. */
 async function setVringFd(
   state: SessionState,
   message: Message,
@@ -212,8 +251,9 @@ async function setVringFd(
     if (!kinds.includes(fdKind(fd)) || !isWritable(fd)) {
       throw new ProtocolError(`ring ${ring.index}: the ${which} fd is no writable ${kinds.join(" or ")}`);
     }
-    // A second line of defence only: the peer can undo it (signalPeer in native/eventfd.ts does not depend on it).
-    if (which !== "kick") setNonBlocking(fd);
+    // Where asynchronous I/O is forbidden signalPeer (native/eventfd.ts) writes to eventfds, which may not block a poller.
+    // The open file is the peer's too, so it is left alone otherwise: sockets are written to without waiting anyway.
+    if (which !== "kick" && fdKind(fd) === "eventfd") setNonBlocking(fd);
   }
   await state.setFd(ring, which, fd);
   message.fds.length = 0;

@@ -65,6 +65,11 @@ export class MemoryTable {
     return this.#entries.length;
   }
 
+  /** Of all regions together. */
+  get sizeBytes(): bigint {
+    return this.#entries.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0n);
+  }
+
   /** Same regions, in the same order, of the same files. */
   equals(other: MemoryTable): boolean {
     const same = (entry: TableEntry, index: number) => {

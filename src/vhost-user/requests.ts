@@ -36,6 +36,9 @@ const MQ = L.VHOST_USER_PROTOCOL_F_MQ;
 const BACKEND_REQ = L.VHOST_USER_PROTOCOL_F_BACKEND_REQ;
 const MTU = L.VHOST_USER_PROTOCOL_F_MTU;
 const CONFIG = L.VHOST_USER_PROTOCOL_F_CONFIG;
+const RARP = L.VHOST_USER_PROTOCOL_F_RARP;
+const STATE = L.VHOST_USER_PROTOCOL_F_DEVICE_STATE;
+const SKIP_DRAIN = L.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN;
 const INFLIGHT = L.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD;
 const RESET = L.VHOST_USER_PROTOCOL_F_RESET_DEVICE;
 const STATUS = L.VHOST_USER_PROTOCOL_F_STATUS;
@@ -90,10 +93,21 @@ export const requests: ReadonlyMap<number, Request> = new Map<number, Request>([
   [L.VHOST_USER_REM_MEM_REG, offered("REM_MEM_REG", SINGLE_REGION_SIZE, ackOrDrop, handlers.remMemReg, MEM_SLOTS)],
   [L.VHOST_USER_SET_STATUS, offered("SET_STATUS", U64_SIZE, ackOrIgnore, handlers.setStatus, STATUS)],
   [L.VHOST_USER_GET_STATUS, offered("GET_STATUS", 0, drop, handlers.getStatus, STATUS)],
+  [L.VHOST_USER_SEND_RARP, offered("SEND_RARP", U64_SIZE, ackOrIgnore, handlers.sendRarp, RARP)],
+  [
+    L.VHOST_USER_SET_DEVICE_STATE_FD,
+    // Bits 0-7: error; bit 8: no fd comes with the reply
+    offered("SET_DEVICE_STATE_FD", L.DEVICE_STATE_SIZE, encodeU64(0x101n), handlers.setDeviceStateFd, STATE),
+  ],
+  [L.VHOST_USER_CHECK_DEVICE_STATE, offered("CHECK_DEVICE_STATE", 0, no, handlers.checkDeviceState, STATE)],
+  [
+    L.VHOST_USER_GET_VRING_BASE_SKIP_DRAIN,
+    // Nothing is ever in flight when a ring has stopped, so there is nothing to skip
+    offered("GET_VRING_BASE_SKIP_DRAIN", VRING_STATE_SIZE, drop, handlers.getVringBase, SKIP_DRAIN),
+  ],
 
   [L.VHOST_USER_SET_LOG_BASE, refused("SET_LOG_BASE", ackOrDrop)],
   [L.VHOST_USER_SET_LOG_FD, refused("SET_LOG_FD", ackOrIgnore)],
-  [L.VHOST_USER_SEND_RARP, refused("SEND_RARP", ackOrIgnore)],
   [L.VHOST_USER_IOTLB_MSG, refused("IOTLB_MSG", no)],
   [L.VHOST_USER_SET_VRING_ENDIAN, refused("SET_VRING_ENDIAN", ackOrDrop)],
   [L.VHOST_USER_CREATE_CRYPTO_SESSION, refused("CREATE_CRYPTO_SESSION", drop)],
@@ -104,11 +118,7 @@ export const requests: ReadonlyMap<number, Request> = new Map<number, Request>([
   [L.VHOST_USER_GPU_SET_SOCKET, refused("GPU_SET_SOCKET", ackOrIgnore)],
   [L.VHOST_USER_VRING_KICK, refused("VRING_KICK", ackOrDrop)],
   [L.VHOST_USER_GET_SHARED_OBJECT, refused("GET_SHARED_OBJECT", drop)],
-  // Bits 0-7: error; bit 8: no fd comes with the reply
-  [L.VHOST_USER_SET_DEVICE_STATE_FD, refused("SET_DEVICE_STATE_FD", encodeU64(0x101n))],
-  [L.VHOST_USER_CHECK_DEVICE_STATE, refused("CHECK_DEVICE_STATE", no)],
   [L.VHOST_USER_GET_SHMEM_CONFIG, refused("GET_SHMEM_CONFIG", drop)],
-  [L.VHOST_USER_GET_VRING_BASE_SKIP_DRAIN, refused("GET_VRING_BASE_SKIP_DRAIN", drop)],
 ]);
 
 function offered(

@@ -12,6 +12,7 @@ import { Connection } from "./connection.ts";
 import type { Device } from "./device.ts";
 import { openEndpoint } from "./endpoint.ts";
 import type { Endpoint, SocketAddress } from "./endpoint.ts";
+import { TIMEOUT_MS } from "./limits.ts";
 import { Session } from "./session.ts";
 import type { Answer, Refusal } from "./session.ts";
 
@@ -33,7 +34,6 @@ export type ServerOptions = SocketAddress & {
   messageTimeoutMs?: number;
 };
 
-const TIMEOUT_MS = 5000;
 const RETRY_MS = 1000;
 const REDIAL_MS = 100;
 

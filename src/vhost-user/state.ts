@@ -11,10 +11,14 @@ import {
   VHOST_USER_PROTOCOL_F_BACKEND_REQ,
   VHOST_USER_PROTOCOL_F_CONFIG,
   VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
+  VHOST_USER_PROTOCOL_F_DEVICE_STATE,
+  VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT,
+  VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN,
   VHOST_USER_PROTOCOL_F_GPA_ADDRESSES,
   VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
   VHOST_USER_PROTOCOL_F_MQ,
   VHOST_USER_PROTOCOL_F_MTU,
+  VHOST_USER_PROTOCOL_F_RARP,
   VHOST_USER_PROTOCOL_F_REPLY_ACK,
   VHOST_USER_PROTOCOL_F_RESET_DEVICE,
   VHOST_USER_PROTOCOL_F_STATUS,
@@ -24,7 +28,9 @@ import { ringForm } from "./areas.ts";
 import type { Areas, RingForm } from "./areas.ts";
 import type { RegionRecord } from "./codec.ts";
 import type { Device, MemoryRegion, Vring } from "./device.ts";
+import { checkState, encodeState, StateTransfer } from "./device-state.ts";
 import type { InflightRegion } from "./inflight.ts";
+import { ANNOUNCEMENTS, Rate } from "./limits.ts";
 import { hex, MemoryTable } from "./memory-table.ts";
 import { VringState } from "./vring.ts";
 
@@ -33,13 +39,17 @@ export const PROTOCOL_FEATURES_BIT = bit(VHOST_USER_F_PROTOCOL_FEATURES);
 /** The protocol features that every device gets. */
 const COMMON_PROTOCOL_FEATURES =
   bit(VHOST_USER_PROTOCOL_F_MQ) |
+  bit(VHOST_USER_PROTOCOL_F_RARP) |
   bit(VHOST_USER_PROTOCOL_F_REPLY_ACK) |
   bit(VHOST_USER_PROTOCOL_F_BACKEND_REQ) |
   bit(VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD) |
   bit(VHOST_USER_PROTOCOL_F_RESET_DEVICE) |
   bit(VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS) |
   bit(VHOST_USER_PROTOCOL_F_STATUS) |
-  bit(VHOST_USER_PROTOCOL_F_GPA_ADDRESSES);
+  bit(VHOST_USER_PROTOCOL_F_DEVICE_STATE) |
+  bit(VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT) |
+  bit(VHOST_USER_PROTOCOL_F_GPA_ADDRESSES) |
+  bit(VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN);
 
 export class SessionState {
   readonly device: Device;
@@ -54,6 +64,8 @@ export class SessionState {
   #table = MemoryTable.empty;
   #backendRequestFd: number | undefined;
   #inflight: InflightRegion | undefined;
+  #transfer: StateTransfer | undefined;
+  readonly #announcements = new Rate(ANNOUNCEMENTS);
 
   constructor(device: Device) {
     this.device = device;
@@ -95,7 +107,7 @@ export class SessionState {
 
   /** Features may change only while no ring runs; without bit 30 all rings are enabled from now on. */
   async setFeatures(features: bigint): Promise<void> {
-    if (this.vrings.some((ring) => ring.running !== undefined)) {
+    if (this.#isRunning) {
       if (features !== this.features) throw new ProtocolError("features cannot change while a ring is started");
       return;
     }
@@ -108,13 +120,16 @@ export class SessionState {
   async setMemory(regions: readonly MemoryRegion[]): Promise<void> {
     const table = MemoryTable.of(regions);
     if (table.equals(this.#table)) return;
+    this.#checkMemory(table);
     await this.#changeTable(table, (vrings) => this.device.setMemory(regions, vrings));
   }
 
   async addMemory(region: MemoryRegion): Promise<void> {
     if (this.#table.size >= MEM_SLOTS_MAX)
       throw new ProtocolError(`there are ${MEM_SLOTS_MAX} regions, the most taken`);
-    await this.#changeTable(this.#table.plus(region), () => this.device.addMemory(region));
+    const table = this.#table.plus(region);
+    this.#checkMemory(table);
+    await this.#changeTable(table, () => this.device.addMemory(region));
   }
 
   async removeMemory(region: RegionRecord): Promise<void> {
@@ -175,11 +190,14 @@ export class SessionState {
 
   /** All is initial again, but what front-ends send only once: memory, protocol features, err fds, back-end socket. */
   async resetDevice(): Promise<void> {
-    for (const ring of this.vrings) {
-      await this.stop(ring);
-      ring.reset();
+    try {
+      for (const ring of this.vrings) if (ring.running !== undefined) await this.#pause(ring);
+      await this.device.setFeatures(0n);
+    } catch (error) {
+      await this.#startAll();
+      throw error;
     }
-    await this.device.setFeatures(0n);
+    for (const ring of this.vrings) ring.reset();
     this.features = undefined;
     this.featuresRefused = false;
     this.status = 0;
@@ -192,11 +210,41 @@ export class SessionState {
 
   /** Takes the region's fd over; the rings that start from now on use it. @throws ProtocolError while a ring runs */
   setInflight(region: InflightRegion): void {
-    if (this.vrings.some((ring) => ring.running !== undefined)) {
+    if (this.#isRunning) {
       throw new ProtocolError("the inflight region cannot change while a ring is started");
     }
     if (this.#inflight !== undefined) close(this.#inflight.fd);
     this.#inflight = region;
+  }
+
+  /** @throws ProtocolError when there were too many of late */
+  announce(mac: Uint8Array): void {
+    if (!this.#announcements.take()) {
+      const { burst, perSecond } = ANNOUNCEMENTS;
+      throw new ProtocolError(`more than ${burst} announcements, or ${perSecond} a second`);
+    }
+    this.device.announce(mac);
+  }
+
+  /** Begins to save or load the device's state; the fd stays the caller's. @throws ProtocolError while a ring runs */
+  transferState(fd: number, direction: "save" | "load"): void {
+    if (this.#isRunning) throw new ProtocolError("the device's state is taken when all rings are stopped");
+    const offered = this.device.features | PROTOCOL_FEATURES_BIT;
+    const transfer =
+      direction === "save"
+        ? StateTransfer.save(fd, encodeState(this.features ?? 0n))
+        : StateTransfer.load(fd, (bytes) => checkState(bytes, offered));
+    this.#transfer?.[Symbol.dispose]();
+    this.#transfer = transfer;
+  }
+
+  /** Resolves when the state went through. @throws ProtocolError when it did not, or none was under way */
+  async checkTransfer(): Promise<void> {
+    const transfer = this.#transfer;
+    this.#transfer = undefined;
+    if (transfer === undefined) throw new ProtocolError("no state was saved or loaded");
+    const error = await transfer.outcome;
+    if (error !== undefined) throw error;
   }
 
   /** The connection is gone: the device lets go of everything, then the fds are closed. */
@@ -204,12 +252,18 @@ export class SessionState {
     try {
       await this.device.reset();
     } finally {
+      this.#transfer?.[Symbol.dispose]();
+      await this.#transfer?.outcome;
       for (const ring of this.vrings) ring.closeFds();
       if (this.#backendRequestFd !== undefined) close(this.#backendRequestFd);
       this.#backendRequestFd = undefined;
       if (this.#inflight !== undefined) close(this.#inflight.fd);
       this.#inflight = undefined;
     }
+  }
+
+  get #isRunning(): boolean {
+    return this.vrings.some((ring) => ring.running !== undefined);
   }
 
   /** Starts a kicked ring as soon as it is complete; does nothing before, or when it runs. */
@@ -258,6 +312,12 @@ export class SessionState {
       if (!(error instanceof RelayError)) throw error;
       throw new ProtocolError(`a ring did not start under a new memory table: ${error.message}`, "drop");
     }
+  }
+
+  #checkMemory({ sizeBytes }: MemoryTable): void {
+    const { memoryMaxBytes } = this.device;
+    if (sizeBytes <= memoryMaxBytes) return;
+    throw new ProtocolError(`memory of ${sizeBytes} bytes, this port takes ${memoryMaxBytes}; see memory-max=`);
   }
 
   /** Nothing can be said for want of a size or a table. @throws ProtocolError when the areas could not be used now */

@@ -97,8 +97,9 @@ export class VringState {
     this.replaceFd("call", undefined);
   }
 
-  /** Forgets the rest, of a ring that was stopped: what a device reset ends. */
+  /** Forgets what a device reset ends, beside that. */
   reset(): void {
+    this.stopped();
     this.size = 0;
     this.base = undefined;
     this.enabled = false;

@@ -16,6 +16,10 @@ describe("a port as a user writes it", () => {
     ["vhost-user:/a,mac=52:54:00:AB:cd:01", { mac: Uint8Array.of(0x52, 0x54, 0, 0xab, 0xcd, 1) }],
     ["vhost-user:/a,mtu=68", { mtu: 68 }],
     ["vhost-user:/a,mtu=65535", { mtu: 65535 }],
+    ["vhost-user:/a,guest-announce", { guestAnnounce: true }],
+    ["vhost-user:/a,memory-max=8G", { memoryMaxBytes: 8n << 30n }],
+    ["vhost-user:/a,memory-max=65536", { memoryMaxBytes: 65536n }],
+    ["vhost-user:/a,memory-max=80G", { memoryMaxBytes: 80n << 30n }],
     ["loopback", { kind: "loopback" }],
     ["null", { kind: "null" }],
   ])("%s", (text, expected) => {
@@ -43,6 +47,11 @@ describe("a port as a user writes it", () => {
     ["vhost-user:/a,mtu=67", /68 to 65535/],
     ["vhost-user:/a,mtu=65536", /68 to 65535/],
     ["vhost-user:/a,mtu", /mtu= must be a number/],
+    ["vhost-user:/a,guest-announce=on", /guest-announce takes no value/],
+    ["vhost-user:/a,memory-max=0", /must be a size such as 8G/],
+    ["vhost-user:/a,memory-max=1T", /must be a size such as 8G/],
+    ["vhost-user:/a,memory-max=81G", /at most 80G/],
+    ["vhost-user:/a,memory-max", /must be a size such as 8G/],
     ["loopback:/a", /neither address nor options/],
     ["null,queues=2", /neither address nor options/],
   ])("refuses %j, saying why", (text, message) => {

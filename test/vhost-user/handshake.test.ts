@@ -8,16 +8,19 @@ import {
   ackOf,
   USUAL_PROTOCOL_FEATURES,
   BACKEND_REQ,
+  BASE_INFLIGHT,
   barrier,
   BIT_30,
   EVENT_IDX,
   expectDropped,
   GPA_ADDRESSES,
+  INFLIGHT,
   MQ,
   negotiated,
   ready,
   REPLY_ACK,
   Rig,
+  SKIP_DRAIN,
   started,
   VERSION_1,
 } from "./rig.ts";
@@ -76,6 +79,16 @@ describe("features", () => {
       encodeMessage(L.VHOST_USER_SET_PROTOCOL_FEATURES, L.VHOST_USER_NEED_REPLY, encodeU64(features)),
     );
     await expectDropped(frontend);
+  });
+
+  it.each([
+    ["GET_VRING_BASE_INFLIGHT", BASE_INFLIGHT],
+    ["GET_VRING_BASE_SKIP_DRAIN", INFLIGHT | SKIP_DRAIN],
+  ])("PROTOCOL, 2: %s without what it builds on is refused", async (_name, features) => {
+    const { rig, frontend } = await negotiated();
+    await using _ = rig;
+    await expect(frontend.setProtocolFeatures(REPLY_ACK | features)).rejects.toThrow(/refused/);
+    expect(await frontend.getQueueNum(), "what was negotiated stays").toBe(2);
   });
 
   it("PROTOCOL, 5, BI-039: features do not change while a ring is started, the same ones may be sent again", async () => {

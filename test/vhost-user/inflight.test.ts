@@ -13,11 +13,13 @@ import {
   ackOf,
   AREAS,
   BIT_30,
+  BASE_INFLIGHT,
   INFLIGHT,
   negotiated,
   openFds,
   ready,
   RING_SIZE,
+  SKIP_DRAIN,
   USUAL_PROTOCOL_FEATURES,
   VERSION_1,
 } from "./rig.ts";
@@ -204,7 +206,7 @@ describe("SET_INFLIGHT_FD", () => {
   });
 
   it("without INFLIGHT_SHMFD both are refused", async () => {
-    const { rig, frontend } = await ready(0, USUAL_PROTOCOL_FEATURES & ~INFLIGHT);
+    const { rig, frontend } = await ready(0, USUAL_PROTOCOL_FEATURES & ~(INFLIGHT | BASE_INFLIGHT | SKIP_DRAIN));
     await using _ = rig;
     expect(await ackOfRegion(frontend, {}, [regionFd(rig)])).not.toBe(0n);
     expect(await frontend.getInflightFd(4, RING_SIZE)).toBeUndefined();

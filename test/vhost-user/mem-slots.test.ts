@@ -189,3 +189,18 @@ describe("PROTOCOL, 5: regions come and go while rings run", () => {
     expect(rig.device.takeNames().slice(2)).toEqual(["addMemory", "stopVring", "removeMemory"]);
   });
 });
+
+describe("memory-max", () => {
+  it("BI-306: regions beyond it are refused, whichever message brings them; what is there stays", async () => {
+    const { rig, frontend } = await negotiated();
+    await using _ = rig;
+    rig.device.memoryMaxBytes = SIZE + 0x1000n;
+    const fd = rig.memfd(2 * MEMORY_SIZE);
+    await expect(frontend.setMemTable([{ ...rig.region(fd), sizeBytes: SIZE + 0x1001n }])).rejects.toThrow(/refused/);
+    await frontend.setMemTable([rig.region(fd)]);
+    await frontend.addMemReg(slot(rig, fd, 0));
+    await expect(frontend.addMemReg(slot(rig, fd, 1))).rejects.toThrow(/refused/);
+    await frontend.remMemReg(slot(rig, fd, 0));
+    await frontend.addMemReg(slot(rig, fd, 1));
+  });
+});

@@ -89,6 +89,29 @@ describe.each(resets)("PROTOCOL, 4: %s", (_name, reset) => {
     expect(await frontend.getStatus()).toBe(0);
   });
 
+  it("is all or nothing: if one ring cannot be stopped, those that were go on with all they had", async () => {
+    const { rig, frontend } = await started();
+    await using _ = rig;
+    await frontend.setVringCall(0, rig.eventfd());
+    await frontend.setVringNum(1, RING_SIZE);
+    await frontend.setVringAddr(1, AREAS);
+    await frontend.setVringKick(1, rig.eventfd());
+    rig.device.takeNames();
+    rig.device.stopIndex = 77;
+    rig.device.before = (call) => {
+      if (call.name === "stopVring" && call.index === 1) throw new SystemError("close", 5, "EIO", "the ring");
+    };
+    const fds = openFds();
+    await expect(reset(frontend)).rejects.toThrow(/refused/);
+    expect(rig.device.calls).toMatchObject([
+      { name: "stopVring", index: 0 },
+      { name: "startVring", vring: { index: 0, base: 77, size: RING_SIZE, ...GPA_AREAS, call: expect.any(Number) } },
+    ]);
+    expect(openFds()).toBe(fds);
+    rig.device.before = () => {};
+    await reset(frontend);
+  });
+
   it("is refused when the device does not let go of a ring", async () => {
     const { rig, frontend } = await started();
     await using _ = rig;

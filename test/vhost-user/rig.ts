@@ -31,9 +31,24 @@ export const MEM_SLOTS = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOT
 export const GPA_ADDRESSES = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_GPA_ADDRESSES);
 export const RESET_DEVICE = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_RESET_DEVICE);
 export const INFLIGHT = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD);
+export const RARP = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_RARP);
+export const DEVICE_STATE = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_DEVICE_STATE);
+export const BASE_INFLIGHT = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT);
+export const SKIP_DRAIN = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN);
 export const STATUS = 1n << BigInt(L.VHOST_USER_PROTOCOL_F_STATUS);
 /** What a front-end of today negotiates: all that is offered, but ring addresses are its own. */
-export const USUAL_PROTOCOL_FEATURES = MQ | REPLY_ACK | BACKEND_REQ | INFLIGHT | RESET_DEVICE | MEM_SLOTS | STATUS;
+export const USUAL_PROTOCOL_FEATURES =
+  MQ |
+  RARP |
+  REPLY_ACK |
+  BACKEND_REQ |
+  INFLIGHT |
+  RESET_DEVICE |
+  MEM_SLOTS |
+  STATUS |
+  DEVICE_STATE |
+  BASE_INFLIGHT |
+  SKIP_DRAIN;
 
 export type Call =
   | { name: "setFeatures"; features: bigint }
@@ -48,14 +63,19 @@ export type Call =
 export class RecordingDevice implements Device {
   features = VERSION_1 | EVENT_IDX;
   readonly queuePairs = 2;
+  memoryMaxBytes = 1n << 40n;
   queueUnit: Device["queueUnit"] = "pairs";
   config: Uint8Array | undefined;
   mtu: number | undefined;
+  readonly announced: string[] = [];
   readonly calls: Call[] = [];
   stopIndex = 0;
   /** Called before a call completes; throwing refuses it, awaiting delays it. */
   before: (call: Call) => Promise<void> | void = () => {};
 
+  announce(mac: Uint8Array) {
+    this.announced.push(Buffer.from(mac).toString("hex"));
+  }
   setMtu(mtu: number) {
     this.mtu = mtu;
   }

@@ -1,7 +1,7 @@
-import { openSync } from "node:fs";
+import { openSync, readFileSync } from "node:fs";
 import { beforeAll, describe, expect, it } from "vitest";
 import { eventfdCreate, signalPeer } from "../../native/eventfd.ts";
-import { pipe } from "../../native/fd.ts";
+import { pipe, setBlocking } from "../../native/fd.ts";
 import { close } from "../../native/libc.ts";
 import { receive, socketpair } from "../../native/socket.ts";
 import * as L from "../../src/layout/vhost-user.ts";
@@ -68,7 +68,9 @@ describe("call and err fds", () => {
     const { rig, frontend } = await started();
     await using _ = rig;
     const [ours, theirs] = socketpair().map((fd) => rig.own(fd)) as [number, number];
+    setBlocking(theirs);
     await frontend.setVringCall(0, theirs);
+    expect(isNonBlocking(theirs), "the open file is the peer's too").toBe(false);
     expect(signalPeer(rig.device.lastVring.call as number)).toBe(true);
     expect(receive(ours, Buffer.alloc(16))?.count).toBe(8);
   });
@@ -81,3 +83,8 @@ describe("call and err fds", () => {
     }
   });
 });
+
+function isNonBlocking(fd: number): boolean {
+  const flags = /flags:\s*(\d+)/.exec(readFileSync(`/proc/self/fdinfo/${fd}`, "latin1"))?.[1];
+  return (Number.parseInt(flags ?? "", 8) & 0o4000) !== 0;
+}

@@ -139,6 +139,18 @@ describe("PROTOCOL, 5: start and stop", () => {
     expect(drain(err)).toBe(1n);
   });
 
+  it("GET_VRING_BASE_SKIP_DRAIN is GET_VRING_BASE: nothing is in flight that could be skipped", async () => {
+    const { rig, frontend } = await started();
+    await using _ = rig;
+    rig.device.stopIndex = 9;
+    const reply = await frontend.request(
+      L.VHOST_USER_GET_VRING_BASE_SKIP_DRAIN,
+      encodeVringState({ index: 0, num: 0 }),
+    );
+    expect(decodeVringState(reply)).toEqual({ index: 0, num: 9 });
+    expect(rig.device.takeNames()).toEqual(["stopVring"]);
+  });
+
   it("BI-128: GET_VRING_BASE of a ring that never started replies its base", async () => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
