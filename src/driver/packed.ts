@@ -276,15 +276,14 @@ export class PackedDriver implements VirtqueueDriver {
   }
 
   enableInterrupts(skip = 0): boolean {
-    if (!this.#eventIdx) {
-      Atomics.store(this.#driverEvent, 0, VRING_PACKED_EVENT_FLAG_ENABLE << EVENT_FLAGS_SHIFT);
-      return !this.#hasUsed(1);
-    }
     const index = this.#usedIndex + skip;
     const wrap = this.#usedFlags & WRAP;
     const position = index < this.size ? index | wrap : (index - this.size) | (wrap ^ WRAP);
-    Atomics.store(this.#driverEvent, 0, (VRING_PACKED_EVENT_FLAG_DESC << EVENT_FLAGS_SHIFT) | position);
-    return !this.#hasUsed(skip + 1);
+    const event = this.#eventIdx
+      ? (VRING_PACKED_EVENT_FLAG_DESC << EVENT_FLAGS_SHIFT) | position
+      : VRING_PACKED_EVENT_FLAG_ENABLE << EVENT_FLAGS_SHIFT;
+    Atomics.store(this.#driverEvent, 0, event);
+    return !this.#hasUsed();
   }
 
   /** Puts the kept descriptors of a chain into the ring. */
@@ -378,25 +377,9 @@ export class PackedDriver implements VirtqueueDriver {
     return true;
   }
 
-  /** Whether the device has used `slots` descriptors or more that were not popped; in order, whether it has used any. */
-  #hasUsed(slots: number): boolean {
-    if (this.#order && this.#order.left > 0) return true;
-    let index = this.#usedIndex;
-    let wanted = this.#usedFlags;
-    for (let found = 0; found < slots;) {
-      const flags = Atomics.load(this.#descHalves, index * DESC_HALVES + FLAGS_HALF);
-      if ((flags & (AVAIL | USED)) !== wanted) return false;
-      const id = this.#desc[index * DESC_WORDS + LAST_WORD]! & 0xffff;
-      if (id >= this.size) this.#failEntry(index, id, 0);
-      if (this.#order) return true; // how many, pop() will see
-      found += this.#chainLength[id]!;
-      index += this.#chainLength[id]!;
-      if (index >= this.size) {
-        index -= this.size;
-        wanted ^= AVAIL | USED;
-      }
-    }
-    return true;
+  /** Whether pop() would find a chain. */
+  #hasUsed(): boolean {
+    return (this.#order?.left ?? 0) > 0 || this.#seenSlots > 0 || this.#look();
   }
 
   #failEntry(index: number, id: number, len: number): never {

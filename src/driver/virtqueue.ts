@@ -119,7 +119,8 @@ export interface VirtqueueDriver {
    * Asks the device to interrupt when it uses the next chain, or with event indexes after letting `skip` chains pass; in
    * a packed ring, which counts descriptors, sooner where chains have several of them.
    * @param skip less than outstanding, or the interrupt may never come
-   * @returns whether the caller may sleep; false if that many were used before the device could know, so pop() first
+   * @returns whether the caller may sleep; false if that many were used before the device could know (of a packed ring:
+   * if any was), so pop() first
    */
   enableInterrupts(skip?: number): boolean;
 }
