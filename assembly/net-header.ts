@@ -24,7 +24,8 @@ export function loadHeader(segment: u32, at: u64): u64 {
 
 /** The word of the header that the source pieces begin with. */
 export function loadHeaderPieces(): u64 {
-  return loadPieces(0, 8);
+  if (load<u32>(SOURCE_PIECES, PIECE_LENGTH) < 8) return loadPieces(0, 8);
+  return loadHeader(load<u32>(SOURCE_PIECES, PIECE_SEGMENT), load<u64>(SOURCE_PIECES, PIECE_OFFSET));
 }
 
 /** Its csum_offset, in the two bytes after the word. */
