@@ -77,8 +77,10 @@ export class QemuPair implements AsyncDisposable {
       await this.relay.kill();
       await this.relay.restart();
     });
-    console.log(`pings lost, of five a second, each time the relay was killed: ${gaps.join(", ") || "none"}`);
-    expect(gaps.length).toBeLessThanOrEqual(kills);
+    console.log(`pings lost, of five a second, in ${kills} kills of the relay: ${gaps.join(" and ") || "none"}`);
+    // Each costs at most what it had in hand, and what the guest that is back first sends to the other. What waits in
+    // the virtqueues meanwhile is answered.
+    expect(gaps.length).toBeLessThanOrEqual(2 * kills);
   }
 
   /** The guests' kernels have seen nothing wrong with their virtqueues. */

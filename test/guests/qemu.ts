@@ -73,8 +73,8 @@ export class QemuGuest extends LinuxGuest {
     // the kernel hears of it by an interrupt, and brings it up in blocks
     await this.check(`
       until [ $(${TOTAL_KIB}) -ge ${before + sizeMiB * 1024} ]; do
-        for state in /sys/devices/system/memory/memory*/state; do
-          grep -q offline $state && echo online_kernel >$state
+        for state in $(grep -l offline /sys/devices/system/memory/memory*/state); do
+          echo online_kernel >$state
         done
       done`);
   }

@@ -1,4 +1,7 @@
-/** The tests with real guests: `npm run test:guests`. They share the machine's CPUs, so one file runs at a time. */
+/**
+ * The tests with real guests: `npm run test:guests`, or `npm run test:guests:short` for those that CI has the time for,
+ * which is all but `*.long.test.ts`. They share the machine's CPUs, so one file runs at a time.
+ */
 import { defineConfig } from "vitest/config";
 
 export default defineConfig({
