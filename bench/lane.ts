@@ -79,7 +79,7 @@ function plans(layout: Layout, sizes: number[]): Plan[] {
 function standOf(rings: Rings): Stand {
   const rig = new Rig();
   const carriers = [wasmCarrier(rig, 1), wasmCarrier(rig, 5)];
-  if (withoutC === undefined && rings === "split") carriers.push(cCarrier(rig));
+  if (withoutC === undefined) carriers.push(cCarrier(rig));
   return { rings, rig, carriers };
 }
 
