@@ -22,8 +22,9 @@ export function end<E>(): u32 {
 export declare function atomicLoad16(end: u32, segment: u32, offset: u64): u32;
 export declare function atomicStore16(end: u32, segment: u32, offset: u64, value: u32): void;
 
-/** Length, id and flags of a packed descriptor, in one sequentially consistent load; the address must be a multiple of 8. */
+/** Length, id and flags of a packed descriptor, sequentially consistent; the address must be a multiple of 8. */
 export declare function atomicLoad64(end: u32, segment: u32, offset: u64): u64;
+export declare function atomicStore64(end: u32, segment: u32, offset: u64, value: u64): void;
 
 /** Everything else, at any alignment. */
 export declare function load8(end: u32, segment: u32, offset: u64): u32;

@@ -2,19 +2,18 @@
  * The packed virtqueue, device side (virtio 1.3, 2.8): take available chains, give used ones.
  *
  * Memory order: length, id and flags of a descriptor are one atomic load, before its address is read. Of a batch given
- * back, the flags of the first descriptor are stored last, sequentially consistently: the driver looks at the others only when it
- * has seen that one.
+ * back, the first descriptor is stored last, in one sequentially consistent store: the driver looks at the others only when it has
+ * seen that one.
  *
  * Where the device stands can be read from the ring itself, as from a split ring's used index, so that a ring goes on after the
  * process was killed. For that all slots of a chain given back get the used bit, not only the first: it equals the
  * lap's wrap counter in all slots before the position, and in none from there on. A batch that is written and not
  * published makes a gap of one slot in that; it tells its batch from all others as long as the batch leaves two slots
- * of the ring alone (src/ports/packed-position.ts).
+ * of the ring alone, and is then given back empty (src/ports/cut-batch.ts).
  */
 import {
   DESC_SIZE,
   PACKED_DESC_FLAGS,
-  PACKED_DESC_ID,
   PACKED_DESC_LEN,
   VRING_DESC_F_INDIRECT,
   VRING_DESC_F_NEXT,
@@ -27,7 +26,7 @@ import {
   VRING_DESC,
   VRING_DESC_SEGMENT,
   VRING_FLAGS,
-  VRING_HELD_FLAGS,
+  VRING_HELD,
   VRING_INDIRECT,
   VRING_INFLIGHT,
   VRING_NEXT_USED,
@@ -48,7 +47,7 @@ import {
   gathered,
   setOpened,
 } from "./chain";
-import { atomicLoad16, atomicLoad64, atomicStore16, end, load64, store16, store32, store64, store8 } from "./guest";
+import { atomicLoad16, atomicLoad64, atomicStore64, end, load64, store64, store8 } from "./guest";
 import { offset, segment, translate } from "./translate";
 import { vringOf } from "./vring";
 
@@ -183,29 +182,33 @@ export function batchRoom<E>(): u32 {
   return held + 2 < size ? size - 2 - held : 0;
 }
 
-/** Writes a used descriptor; the driver sees it after publishPacked(). @param written bytes written to the chain */
+/**
+ * Writes a used descriptor; the driver sees it after publishPacked(). The marks of its other slots come first: so whoever finds a
+ * batch that was not published knows where each chain of it ends.
+ * @param written bytes written to the chain
+ */
 export function givePacked<E>(id: u32, written: u32, slots: u32): void {
   const vring = vringOf<E>();
   const size = load<u32>(vring, VRING_SIZE);
   const ring = load<u32>(vring, VRING_DESC_SEGMENT);
   const first = load<u64>(vring, VRING_DESC);
   const position = load<u32>(vring, VRING_NEXT_USED);
-  const at = first + <u64>(position & 0x7fff) * DESC_SIZE;
-  const flags = usedIn(position >> 15) | (written ? VRING_DESC_F_WRITE : 0);
-  if (position == load<u32>(vring, VRING_PUBLISHED)) {
-    store32(end<E>(), ring, at + PACKED_DESC_LEN, written);
-    store16(end<E>(), ring, at + PACKED_DESC_ID, id);
-    store<u32>(vring, flags, VRING_HELD_FLAGS);
-  } else {
-    store64(end<E>(), ring, at + PACKED_DESC_LEN, <u64>written | ((<u64>id) << 32) | ((<u64>flags) << 48));
-  }
   for (let i: u32 = 1; i < slots; ++i) {
     const slot = advance(position, i, size);
     const high = first + <u64>(slot & 0x7fff) * DESC_SIZE + (PACKED_DESC_FLAGS + 1);
     store8(end<E>(), ring, high, usedIn(slot >> 15) >> 8);
   }
+  const used = usedDescriptor(id, written, usedIn(position >> 15));
+  if (position == load<u32>(vring, VRING_PUBLISHED)) store<u64>(vring, used, VRING_HELD);
+  else store64(end<E>(), ring, first + <u64>(position & 0x7fff) * DESC_SIZE + PACKED_DESC_LEN, used);
   store<u32>(vring, advance(position, slots, size), VRING_NEXT_USED);
   store<u32>(vring, load<u32>(vring, VRING_UNDECIDED) + slots, VRING_UNDECIDED);
+}
+
+/** Length, id and flags of a used descriptor. @param owner its OWNER bits */
+export function usedDescriptor(id: u32, written: u32, owner: u32): u64 {
+  const flags = owner | (written ? VRING_DESC_F_WRITE : 0);
+  return <u64>written | ((<u64>id) << 32) | ((<u64>flags) << 48);
 }
 
 /** Makes all used descriptors so far visible. */
@@ -215,8 +218,8 @@ export function publishPacked<E>(): void {
   const next = load<u32>(vring, VRING_NEXT_USED);
   const inflight = <usize>load<u32>(vring, VRING_INFLIGHT);
   if (inflight) store<u64>(inflight, inflightUsed(next, before), INFLIGHT_PACKED_USED);
-  const at = load<u64>(vring, VRING_DESC) + <u64>(before & 0x7fff) * DESC_SIZE + PACKED_DESC_FLAGS;
-  atomicStore16(end<E>(), load<u32>(vring, VRING_DESC_SEGMENT), at, load<u32>(vring, VRING_HELD_FLAGS));
+  const at = load<u64>(vring, VRING_DESC) + <u64>(before & 0x7fff) * DESC_SIZE + PACKED_DESC_LEN;
+  atomicStore64(end<E>(), load<u32>(vring, VRING_DESC_SEGMENT), at, load<u64>(vring, VRING_HELD));
   store<u32>(vring, next, VRING_PUBLISHED);
   if (inflight) store<u64>(inflight, inflightUsed(next, next), INFLIGHT_PACKED_USED);
 }

@@ -56,11 +56,14 @@ export function behind<E>(position: u32, slots: u32): u32 {
   return isPacked<E>() ? advance(position, slots, load<u32>(vringOf<E>(), VRING_SIZE)) : (position + 1) & 0xffff;
 }
 
-/** Whether chains of so many slots can be given back before the next publication; an empty batch takes any. */
-export function fits<E>(slots: u32): bool {
+/**
+ * Whether chains of so many slots together can be given back before the next publication; an empty batch takes any. In a
+ * packed ring only the first chain of a batch may have several slots, so that a batch cut off by a kill can be told.
+ */
+export function fits<E>(chains: u32, slots: u32): bool {
   const vring = vringOf<E>();
   const isEmpty = load<u32>(vring, VRING_NEXT_USED) == load<u32>(vring, VRING_PUBLISHED);
-  return isEmpty || !isPacked<E>() || slots <= batchRoom<E>();
+  return isEmpty || !isPacked<E>() || (slots == chains && slots <= batchRoom<E>());
 }
 
 /** Gives a chain back; the driver sees it after publish(). @param written bytes written to it */

@@ -168,7 +168,7 @@ export function mergedCount(): u32 {
 
 /** Gives the collected chains to the driver, filled; it will see all of them at once. */
 export function giveMerged(): void {
-  makeRoom(mergedSlots);
+  makeRoom(mergedCount(), mergedSlots);
   for (let chain: usize = MERGED_CHAINS; chain < mergedEnd; chain += MERGED_BYTES) {
     give<Destination>(load<u16>(chain, MERGED_ID), load<u32>(chain, MERGED_WRITTEN), load<u16>(chain, MERGED_SLOTS));
   }
@@ -178,17 +178,17 @@ export function giveMerged(): void {
 function returnUnused(): void {
   for (let chain: usize = MERGED_CHAINS; chain < mergedEnd; chain += MERGED_BYTES) {
     const slots = load<u16>(chain, MERGED_SLOTS);
-    makeRoom(slots);
+    makeRoom(1, slots);
     give<Destination>(load<u16>(chain, MERGED_ID), 0, slots);
   }
-  makeRoom(chainSlots);
+  makeRoom(1, chainSlots);
   give<Destination>(chainId, 0, chainSlots);
   count(COUNT_MALFORMED);
 }
 
-/** Before more slots than fit the batch are given back: publishes it, the source first, for no frame may be sent twice. */
-function makeRoom(slots: u32): void {
-  if (fits<Destination>(slots)) return;
+/** Before more is given back than fits the batch: publishes it, the source first, for no frame may be sent twice. */
+function makeRoom(chains: u32, slots: u32): void {
+  if (fits<Destination>(chains, slots)) return;
   publish<Source>();
   publish<Destination>();
 }

@@ -205,7 +205,7 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
       bytes += frameBytes;
     }
     store<u32>(SOURCE_VRING, 0, VRING_SEGMENTS_SENT);
-    if (!fits<Source>(frameSlots)) publish<Source>();
+    if (!fits<Source>(1, frameSlots)) publish<Source>();
     give<Source>(frameId, 0, frameSlots);
     position = behind<Source>(position, frameSlots);
   }

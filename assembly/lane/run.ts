@@ -22,7 +22,7 @@ import {
   VRING_DESC,
   VRING_DESC_SEGMENT,
   VRING_HEADER_SIZE,
-  VRING_HELD_FLAGS,
+  VRING_HELD,
   VRING_LIMIT,
   VRING_NEXT_USED,
   VRING_OFFLOADS,
@@ -37,7 +37,6 @@ import {
   AVAIL_RING,
   DESC_LEN,
   DESC_SIZE,
-  PACKED_DESC_ID,
   PACKED_DESC_LEN,
   USED_ENTRY_SIZE,
   USED_RING,
@@ -46,9 +45,9 @@ import {
   VRING_DESC_F_WRITE,
 } from "../../src/layout/virtio.ts";
 import { CHAIN_READY } from "../chain";
-import { Destination, Source, atomicLoad64, copy, end, load16, load64, store16, store32, store64 } from "../guest";
+import { Destination, Source, atomicLoad64, copy, end, load16, load64, store64 } from "../guest";
 import { asksForOffload, loadCsumOffset, loadHeader, storeHeader } from "../net-header";
-import { OWNER, availableIn, batchRoom, usedIn } from "../packed";
+import { OWNER, availableIn, batchRoom, usedDescriptor, usedIn } from "../packed";
 import { isPacked, nextAvail, setNextAvail, vringOf } from "../vring";
 import { peekBuffer, stopWaiting } from "./buffers";
 import { passedChecksum, passesChecksum } from "./offload";
@@ -251,16 +250,10 @@ function run<F, T>(position: u32, limit: u32): u32 {
     copy(toSegment, to + toHeader, fromSegment, from + fromHeader, frame);
 
     if (isFormat<T>()) {
-      const usedFlags = toUsedFlags | VRING_DESC_F_WRITE;
-      if (toHolds) {
-        store32(end<Destination>(), toDescSegment, bufferDescriptor + PACKED_DESC_LEN, written);
-        store16(end<Destination>(), toDescSegment, bufferDescriptor + PACKED_DESC_ID, bufferId);
-        store<u32>(DESTINATION_VRING, usedFlags, VRING_HELD_FLAGS);
-        toHolds = false;
-      } else {
-        const word = <u64>written | ((<u64>bufferId) << 32) | ((<u64>usedFlags) << 48);
-        store64(end<Destination>(), toDescSegment, bufferDescriptor + PACKED_DESC_LEN, word);
-      }
+      const used = usedDescriptor(bufferId, written, toUsedFlags);
+      if (toHolds) store<u64>(DESTINATION_VRING, used, VRING_HELD);
+      else store64(end<Destination>(), toDescSegment, bufferDescriptor + PACKED_DESC_LEN, used);
+      toHolds = false;
       if (++toNext == toSize) {
         toNext = 0;
         toAvailable ^= OWNER;
@@ -273,15 +266,10 @@ function run<F, T>(position: u32, limit: u32): u32 {
       ++toUsedNext;
     }
     if (isFormat<F>()) {
-      if (fromHolds) {
-        store32(end<Source>(), fromDescSegment, descriptor + PACKED_DESC_LEN, 0);
-        store16(end<Source>(), fromDescSegment, descriptor + PACKED_DESC_ID, id);
-        store<u32>(SOURCE_VRING, fromUsedFlags, VRING_HELD_FLAGS);
-        fromHolds = false;
-      } else {
-        const word = ((<u64>id) << 32) | ((<u64>fromUsedFlags) << 48);
-        store64(end<Source>(), fromDescSegment, descriptor + PACKED_DESC_LEN, word);
-      }
+      const used = usedDescriptor(id, 0, fromUsedFlags);
+      if (fromHolds) store<u64>(SOURCE_VRING, used, VRING_HELD);
+      else store64(end<Source>(), fromDescSegment, descriptor + PACKED_DESC_LEN, used);
+      fromHolds = false;
       if (++fromNext == fromSize) {
         fromNext = 0;
         fromAvailable ^= OWNER;

@@ -20,6 +20,7 @@ const loads: [name: string, instruction: string, result: string][] = [
 ];
 const stores: [name: string, instruction: string, value: string][] = [
   ["atomicStore16", "i32.atomic.store16", "i32"],
+  ["atomicStore64", "i64.atomic.store", "i64"],
   ["store8", "i32.store8", "i32"],
   ["store16", "i32.store16", "i32"],
   ["store32", "i32.store", "i32"],

@@ -38,10 +38,10 @@ export const VRING_PUBLISHED = 56; // u32, position up to which the driver sees 
 export const VRING_UNDECIDED = 60; // u32, slots given back since it was last decided whether to call the driver
 export const VRING_LIMIT = 64; // u32, split: the avail index as last loaded
 export const VRING_WAITING = 68; // u32, 0, or 0x10000 | position of the first chain that is missing for the next frame
-export const VRING_HELD_FLAGS = 72; // u32, packed: flags of the descriptor at PUBLISHED, to be stored last
-export const VRING_INFLIGHT = 76; // u32, address of the inflight header in memory 0; 0: none
+export const VRING_INFLIGHT = 72; // u32, address of the inflight header in memory 0; 0: none
+export const VRING_SEGMENTS_SENT = 76; // u32, of the source: segments of the next frame that have been delivered
 export const VRING_OFFLOADS = 80; // u32, OFFLOAD_*: what this driver may leave to the device, or takes from it
-export const VRING_SEGMENTS_SENT = 84; // u32, of the source: segments of the next frame that have been delivered
+export const VRING_HELD = 88; // u64, packed: length, id and flags of the descriptor at PUBLISHED, to be stored last
 
 // VRING_FLAGS
 export const VRING_READY = 1; // started, areas mapped

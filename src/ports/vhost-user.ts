@@ -33,6 +33,7 @@ import { areaSizes, ringForm, type Areas } from "../vhost-user/areas.ts";
 import type { Device, MemoryRegion, Vring } from "../vhost-user/device.ts";
 import { startPosition } from "../vhost-user/position.ts";
 import { Server, type ServerEvent } from "../vhost-user/server.ts";
+import { giveBackCutBatch } from "./cut-batch.ts";
 import type { Area, Change, GuestPort, InflightPlace, RunningVring } from "./port.ts";
 import { OFFLOAD_FEATURES, offloadsOf } from "./offloads.ts";
 import type { Recovery } from "./inflight-file.ts";
@@ -236,6 +237,7 @@ export class VhostUserPort implements GuestPort, Device {
     } else if (isPacked) {
       vring.base = startPosition(vring.base, packedFlags(desc));
     }
+    if (isPacked) vring.base = giveBackCutBatch(desc, vring.base);
   }
 
   /** An inflight region of no use costs the ring nothing but what might have been given back by it. */

@@ -63,24 +63,56 @@ export function startPosition(base: number, flags: Uint16Array): number {
 }
 
 /**
- * The position that the ring shows: in the lap with wrap counter w the used bit is w before it and not w from it on.
- * Undefined if the used bits do not look like that, as those of a device may that marks only the first slot of a chain.
- * One more pattern is ours: a batch is written from its second slot on, then published by its first one; killed in
- * between, the slot of the position is followed by some that look used.
+ * The position that the ring shows: with each slot's lap counted from there, the used bit of the slots before it is the lap's
+ * wrap counter, that of the others is not; the driver has made some of these available, the first ones. Undefined if the ring
+ * does not look like that, as that of a device may that marks only the first slot of a chain.
+ *
+ * One more pattern is ours: of a batch that was written and not published only the first slot does not look used. It is taken to
+ * be the shortest that there can be, and that is right as long as a batch leaves two slots of the ring alone.
  */
 export function readPosition(flags: Uint16Array): number | undefined {
+  const starts = [0];
+  for (let slot = 1; slot < flags.length && starts.length <= RUNS_MAX; slot++) {
+    if (usedBit(flags, slot) !== usedBit(flags, slot - 1)) starts.push(slot);
+  }
+  if (starts.length > RUNS_MAX) return undefined;
+  let shortest = Number.POSITIVE_INFINITY;
+  let position: number | undefined;
+  for (const start of starts) {
+    const candidate = makePosition(start, 1 - usedBit(flags, start));
+    const batch = unpublished(candidate, flags);
+    if (batch < shortest) [shortest, position] = [batch, candidate];
+  }
+  return position;
+}
+
+/** Runs of equal used bits in a ring that we left: a batch may lie across its end. */
+const RUNS_MAX = 4;
+
+/**
+ * How many slots of an unpublished batch lie at a position, if that is where the device stood: at least 2, or 0 if there is none.
+ * Infinite if it cannot have stood there.
+ */
+export function unpublished(position: number, flags: Uint16Array): number {
   const size = flags.length;
-  const wrap = usedBit(flags, 0);
-  const runEnd = (from: number, bit: number) => {
-    let slot = from;
-    while (slot < size && usedBit(flags, slot) === bit) slot++;
-    return slot;
+  const index = positionIndex(position);
+  const isMarked = (distance: number) => {
+    const slot = (index + distance) % size;
+    return usedBit(flags, slot) === positionWrap(advance(position, distance, size));
   };
-  const first = runEnd(0, wrap);
-  if (first === size) return makePosition(0, 1 - wrap);
-  const second = runEnd(first, 1 - wrap);
-  const isUnpublishedBatch = second === first + 1 && runEnd(runEnd(second, wrap), 1 - wrap) === size;
-  return second === size || isUnpublishedBatch ? makePosition(first, wrap) : undefined;
+  const isOffered = (distance: number) => {
+    const slot = (index + distance) % size;
+    return availBit(flags, slot) === positionWrap(advance(position, distance, size));
+  };
+  if (isMarked(0)) return Number.POSITIVE_INFINITY;
+  let marked = 1;
+  while (marked < size && isMarked(marked)) marked++;
+  for (let distance = marked; distance < size; distance++) if (isMarked(distance)) return Number.POSITIVE_INFINITY;
+  let offered = 0;
+  while (offered < size && isOffered(offered)) offered++;
+  for (let distance = offered; distance < size; distance++) if (isOffered(distance)) return Number.POSITIVE_INFINITY;
+  if (marked === 1) return 0;
+  return marked <= offered ? marked : Number.POSITIVE_INFINITY;
 }
 
 /** Whether the device must have got further than `base`, if `ring` is what the ring shows. */

@@ -67,7 +67,7 @@ export function instantiateHooked(
       observe({ kind: "store", atomic, end: names[end]!, gpa, bytes: bits / 8, value });
       const view = views[end]![segment]!;
       const at = Number(offset);
-      if (atomic && at % 2 !== 0) throw new StrayAccess(`misaligned atomic store at ${at}`);
+      if (atomic && at % (bits / 8) !== 0) throw new StrayAccess(`misaligned atomic store at ${at}`);
       if (bits === 8) view.setUint8(at, Number(value));
       else if (bits === 16) view.setUint16(at, Number(value), true);
       else if (bits === 32) view.setUint32(at, Number(value), true);
@@ -85,6 +85,7 @@ export function instantiateHooked(
     atomicLoad16: load(16, true),
     atomicLoad64: load(64, true),
     atomicStore16: store(16, true),
+    atomicStore64: store(64, true),
     load8: load(8),
     load16: load(16),
     load32: load(32),
