@@ -1,0 +1,74 @@
+/**
+ * `npm run fuzz -- --minutes N [--seed S] [--target ring] [--corpus DIR] [--input BASE64]`: searches for inputs that a target
+ * does not survive, guided by what it does. One that is found is printed in one line that repeats it, and can be put into
+ * test/fuzz/corpus as a regression test.
+ *
+ * --corpus: a directory of inputs to begin with, to which those that do something new are added. --input: just that one.
+ */
+import { createHash } from "node:crypto";
+import { mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { parseArgs } from "node:util";
+import { Random } from "./bytes.ts";
+import { search } from "./engine.ts";
+import { targets } from "./targets.ts";
+
+const SLICE_MS = 10_000;
+
+const { values } = parseArgs({
+  options: {
+    minutes: { type: "string", default: "1" },
+    seed: { type: "string", default: String(Date.now() % 1_000_000) },
+    target: { type: "string", default: "all" },
+    corpus: { type: "string" },
+    input: { type: "string" },
+  },
+});
+const chosen = Object.entries(targets).filter(([name]) => values.target === "all" || values.target === name);
+const minutes = Number(values.minutes);
+if (chosen.length === 0 || !(minutes > 0)) {
+  console.error(`fuzz: --target is all or one of ${Object.keys(targets).join(", ")}; --minutes is a number above 0`);
+  process.exit(2);
+}
+
+if (values.input === undefined) {
+  for (const [name, target] of chosen) await fuzz(name, target, (minutes * 60_000) / chosen.length);
+} else {
+  const input = Buffer.from(values.input, "base64");
+  for (const [, target] of chosen) await target(input);
+  console.log("this input does no harm");
+}
+
+async function fuzz(name: string, target: (typeof targets)[string], ms: number): Promise<void> {
+  const seed = Number(values.seed);
+  const random = new Random(seed);
+  const directory = values.corpus && join(values.corpus, name);
+  const from = performance.now();
+  let shown = from;
+  const report = await search(target, directory ? readCorpus(directory) : [], random, (runs) => {
+    const now = performance.now();
+    if (now - shown > SLICE_MS) {
+      shown = now;
+      console.log(`${name}: ${runs} runs in ${Math.round((now - from) / 1000)} s`);
+    }
+    return now - from > ms;
+  });
+  if (directory) for (const input of report.corpus) keep(directory, input);
+  console.log(
+    `${name}: seed ${seed}, ${report.runs} runs, ${report.corpus.length} inputs that did something new, ${report.covered} features`,
+  );
+  if (!report.finding) return;
+  const { input, message } = report.finding;
+  console.log(`${name}: ${message}`);
+  console.log(`npm run fuzz -- --target ${name} --input ${Buffer.from(input).toString("base64")}`);
+  process.exitCode = 1;
+}
+
+function readCorpus(directory: string): Uint8Array[] {
+  mkdirSync(directory, { recursive: true });
+  return readdirSync(directory).map((name) => readFileSync(join(directory, name)));
+}
+
+function keep(directory: string, input: Uint8Array): void {
+  writeFileSync(join(directory, createHash("sha256").update(input).digest("hex").slice(0, 16)), input);
+}
