@@ -8,8 +8,8 @@
  * and the index of the first is the chain's buffer id. Chains may come back in any order; ids are then no longer in
  * the order of the ring.
  *
- * One thread owns a PackedDriver; the device runs on another one. Memory order: flags of descriptors and the event areas are
- * read and written by Atomics (sequentially consistent), everything else by plain stores and loads. All chains added
+ * One thread owns a PackedDriver; the device runs on another one. Memory order: the event areas and the flags that hand
+ * descriptors over are read and written by Atomics (sequentially consistent), the rest plainly. All chains added
  * since the last publish() stand in the ring complete, but for the flags of the first descriptor of the first chain:
  * the device takes descriptors in the order of the ring, so storing these shows it all of them. Both directions of
  * notification store one word and then load another (publish flags, then read the device's event area; store the
