@@ -7,7 +7,8 @@
  * with length 0, or a broken ring. Each ring index, head, descriptor and header byte is loaded from guest memory once
  * into a local, checked there and used from there. Every loop over guest data is bounded by the ring size.
  */
-import { awaitKicks, carryFrames, carryInjected, ignoreKicks } from "./lane/copy";
+import { awaitKicks, carryFrames, ignoreKicks } from "./lane/copy";
+import { carryInjected } from "./lane/frame";
 import { forgetExtents } from "./translate";
 
 /**
