@@ -1,6 +1,6 @@
 /**
  * Drivers that break the rules of chains: section F of the catalogue of bad inputs, each row by its number, for split and
- * packed rings. Every poll is compared with the reference, byte for byte, so a test only adds what its row promises. In
+ * packed rings; and of section G where it says the same of packed ones. Every poll is compared with the reference, byte for byte, so a test only adds what its row promises. In
  * both directions: a bad transmit chain is dropped, a bad receive chain is skipped, both come back used with length 0,
  * and the next good chain works.
  *
@@ -18,18 +18,24 @@ import { DATA, RAM_END, SEAM, Stage, everywhere } from "./stage.ts";
 /** Chains at head 0 that must be refused whole. */
 const refused: Row[] = [
   [
-    "BI-169 one descriptor more than the ring has",
+    "BI-169, BI-226 one descriptor more than the ring has",
     (stage, size) => stage.table(DATA, ...Array.from({ length: size + 1 }, () => ({ gpa: DATA, len: 1 }))),
   ],
-  ["BI-177 address 0, not mapped", (stage) => stage.chain({ gpa: 0n, len: 2048 })],
-  ["BI-178 address beyond RAM", (stage) => stage.chain({ gpa: RAM_END, len: 64 })],
-  ["BI-178 far beyond RAM", (stage) => stage.chain({ gpa: 1n << 52n, len: 64 })],
-  ["BI-179 address in a hole", (stage) => stage.chain({ gpa: HOLE, len: 64 })],
-  ["BI-179 buffer runs into a hole", (stage) => stage.chain({ gpa: DATA, len: 64 }, { gpa: RAM_END - 32n, len: 64 })],
-  ["BI-181 buffer crosses the end of RAM by one byte", (stage) => stage.chain({ gpa: RAM_END - 100n, len: 101 })],
-  ["BI-182 address + length wraps 64 bits", (stage) => stage.chain({ gpa: TOP - 31n, len: 64 })],
-  ["BI-182 the last address of all", (stage) => stage.chain({ gpa: TOP, len: 1 })],
-  ["BI-183 length 0xFFFFFFFF", (stage) => stage.chain({ gpa: DATA, len: 0xffff_ffff })],
+  ["BI-177, BI-228 address 0, not mapped", (stage) => stage.chain({ gpa: 0n, len: 2048 })],
+  ["BI-178, BI-229 address beyond RAM", (stage) => stage.chain({ gpa: RAM_END, len: 64 })],
+  ["BI-178, BI-229 far beyond RAM", (stage) => stage.chain({ gpa: 1n << 52n, len: 64 })],
+  ["BI-179, BI-229 address in a hole", (stage) => stage.chain({ gpa: HOLE, len: 64 })],
+  [
+    "BI-179, BI-229 buffer runs into a hole",
+    (stage) => stage.chain({ gpa: DATA, len: 64 }, { gpa: RAM_END - 32n, len: 64 }),
+  ],
+  [
+    "BI-181, BI-229 buffer crosses the end of RAM by one byte",
+    (stage) => stage.chain({ gpa: RAM_END - 100n, len: 101 }),
+  ],
+  ["BI-182, BI-228 address + length wraps 64 bits", (stage) => stage.chain({ gpa: TOP - 31n, len: 64 })],
+  ["BI-182, BI-228 the last address of all", (stage) => stage.chain({ gpa: TOP, len: 1 })],
+  ["BI-183, BI-228 length 0xFFFFFFFF", (stage) => stage.chain({ gpa: DATA, len: 0xffff_ffff })],
   [
     "BI-188, BI-189 one descriptor of the wrong direction",
     (stage) => stage.chain({ gpa: DATA, len: 64 }, { gpa: DATA, len: 64, flags: stage.flags ^ WRITE }),
@@ -43,12 +49,12 @@ const refused: Row[] = [
     (stage) => stage.chain({ gpa: DATA, len: 0, flags: stage.flags ^ WRITE }, { gpa: DATA, len: 64 }),
   ],
   [
-    "BI-191 indirect without the feature",
+    "BI-191, BI-226 indirect without the feature",
     (stage) => stage.table(DATA, { gpa: DATA, len: 64 }),
     { ring: { indirect: false } },
   ],
   [
-    "BI-192 indirect in an indirect table",
+    "BI-192, BI-226 indirect in an indirect table",
     (stage) => {
       stage.table(DATA, { gpa: DATA + 64n, len: 16, flags: INDIRECT });
       stage.ring.write(DATA + 64n, { gpa: DATA + 1024n, len: 64, flags: stage.flags });
@@ -63,7 +69,7 @@ const refused: Row[] = [
     },
   ],
   ...[0, 1, 15, 17, 8, 0xffff_ffff].map((len): Row => [
-    `BI-194 indirect length ${len}`,
+    `BI-194, BI-226 indirect length ${len}`,
     (stage) => {
       stage.table(DATA, { gpa: DATA + 1024n, len: 64 });
       stage.ring.describe(0, { gpa: DATA, len, flags: INDIRECT });
@@ -104,13 +110,16 @@ const accepted: Row[] = [
       stage.table(DATA + 4096n, ...parts, { gpa: DATA, len: 112 });
     },
   ],
-  ["BI-177 address 0, mapped", (stage) => stage.chain({ gpa: 0n, len: 112 }), { zeroPage: true }],
-  ["BI-181 buffer ends where RAM ends", (stage) => stage.chain({ gpa: RAM_END - 112n, len: 112 })],
-  ["BI-186 a descriptor without bytes", (stage) => stage.chain({ gpa: DATA, len: 0 }, { gpa: DATA, len: 112 })],
-  ["BI-187 without bytes, at no address", (stage) => stage.chain({ gpa: TOP, len: 0 }, { gpa: DATA, len: 112 })],
-  ["BI-187 at no address, at the end", (stage) => stage.chain({ gpa: DATA, len: 112 }, { gpa: HOLE, len: 0 })],
+  ["BI-177, BI-228 address 0, mapped", (stage) => stage.chain({ gpa: 0n, len: 112 }), { zeroPage: true }],
+  ["BI-181, BI-229 buffer ends where RAM ends", (stage) => stage.chain({ gpa: RAM_END - 112n, len: 112 })],
+  ["BI-186, BI-228 a descriptor without bytes", (stage) => stage.chain({ gpa: DATA, len: 0 }, { gpa: DATA, len: 112 })],
   [
-    "BI-196 indirect table at an odd address",
+    "BI-187, BI-228 without bytes, at no address",
+    (stage) => stage.chain({ gpa: TOP, len: 0 }, { gpa: DATA, len: 112 }),
+  ],
+  ["BI-187, BI-228 at no address, at the end", (stage) => stage.chain({ gpa: DATA, len: 112 }, { gpa: HOLE, len: 0 })],
+  [
+    "BI-196, BI-226 indirect table at an odd address",
     (stage) => stage.table(DATA + 4097n, { gpa: DATA, len: 100 }, { gpa: DATA + 100n, len: 12 }),
   ],
   [
@@ -236,7 +245,7 @@ describe("many at once", () => {
     }
   });
 
-  test.each(both)("BI-184 lengths whose sum passes 2^32 to a small one ($direction, $format)", (at) => {
+  test.each(both)("BI-184, BI-228 lengths whose sum passes 2^32 to a small one ($direction, $format)", (at) => {
     const stage = new Stage({ ...at, size: 32_768 });
     const mebibytes = Array.from({ length: 4096 }, () => ({ gpa: DATA, len: 0x10_0000 }));
     stage.chain(...mebibytes, { gpa: DATA, len: 112 });

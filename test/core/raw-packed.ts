@@ -7,7 +7,7 @@ import { NEXT } from "./raw-ring.ts";
 import { advance } from "./reference-packed.ts";
 import { type Ram, type Ring, areaBytes } from "./rig.ts";
 
-export const [AVAIL, USED] = [1 << 7, 1 << 15];
+export const [AVAIL, USED] = [0x80, 0x8000] as const;
 
 export interface Slot {
   gpa: bigint;

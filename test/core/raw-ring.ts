@@ -1,7 +1,7 @@
 /** A virtqueue written byte by byte, with nothing to stop a driver from breaking every rule: what both formats have. */
 import type { Ring } from "./rig.ts";
 
-export const [NEXT, WRITE, INDIRECT] = [1, 2, 4];
+export const [NEXT, WRITE, INDIRECT] = [1, 2, 4] as const;
 
 export interface Descriptor {
   gpa: bigint;
