@@ -9,7 +9,7 @@ import { fdKind, isWritable, setNonBlocking } from "../../native/fd.ts";
 import type { FdKind } from "../../native/fd.ts";
 import { ProtocolError } from "../errors.ts";
 import * as L from "../layout/vhost-user.ts";
-import { MTU_MAX, MTU_MIN } from "../layout/virtio.ts";
+import { MTU_MAX, MTU_MIN, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1 } from "../layout/virtio.ts";
 import {
   decodeConfig,
   decodeInflight,
@@ -58,6 +58,9 @@ export const setFeatures: Handler = async (state, { payload }) => {
   const features = decodeU64(payload);
   state.featuresRefused = true;
   checkOffered("feature", features, state.device.features | PROTOCOL_FEATURES_BIT);
+  if (features & bit(VIRTIO_F_RING_PACKED) && !(features & bit(VIRTIO_F_VERSION_1))) {
+    throw new ProtocolError("VIRTIO_F_RING_PACKED without VIRTIO_F_VERSION_1: legacy drivers have no packed rings");
+  }
   await state.setFeatures(features);
   state.featuresRefused = false;
 };

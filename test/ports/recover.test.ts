@@ -2,7 +2,9 @@
  * Regions as other back-ends leave them, killed wherever they like. The ring lies in plain shared memory, the region in a
  * memory file.
  */
+import { once } from "node:events";
 import { readSync, writeSync } from "node:fs";
+import { Worker } from "node:worker_threads";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { close } from "../../native/libc.ts";
 import { memfdCreate } from "../../native/memfd.ts";
@@ -13,6 +15,7 @@ import { recoverSplit } from "../../src/ports/recover-split.ts";
 import { makePosition } from "../../src/vhost-user/position.ts";
 
 const SIZE = 8;
+const stopFlag = new Int32Array(new SharedArrayBuffer(4));
 const OFFSET = 128n;
 const AVAIL = 1 << 7;
 const USED = 1 << 15;
@@ -184,6 +187,31 @@ describe("PROTOCOL, 17: split rings", () => {
   it("BI-149: a used index more than a ring away: nothing is given back, the region follows the ring", () => {
     leave({ usedIdx: 100, inFlight: { 1: 1n } });
     expect(recover(109)).toMatchObject({ position: 109, given: [], marks: NONE, usedIdx: 109, complaint: /behind/ });
+  });
+
+  it("BI-148: somebody who scribbles over the region meanwhile: no buffer is given back twice", async () => {
+    const scribbler = new Worker(
+      `const { writeSync } = require("node:fs");
+       const { workerData } = require("node:worker_threads");
+       const { fd, from, to, stop } = workerData;
+       while (Atomics.load(stop, 0) === 0) {
+         const at = from + Math.floor(Math.random() * (to - from));
+         writeSync(fd, Uint8Array.of(Math.random() * 256), 0, 1, at);
+       }`,
+      { eval: true, workerData: { fd, from: Number(OFFSET) + 10, to: Number(OFFSET) + BYTES, stop: stopFlag } },
+    );
+    await once(scribbler, "online");
+    try {
+      for (let round = 0; round < 2000; round++) {
+        leave({ usedIdx: 10, lastBatchHead: 3, next: { 3: 6 }, inFlight: { 0: 1n, 3: 1n, 4: 3n, 6: 2n, 7: 9n } });
+        const { given: found } = recover(12);
+        expect(new Set(found.map(({ id }) => id)).size).toBe(found.length);
+        expect(found.every(({ id, length }) => id < SIZE && length === 0)).toBe(true);
+      }
+    } finally {
+      Atomics.store(stopFlag, 0, 1);
+      await once(scribbler, "exit");
+    }
   });
 
   it("a file that has become shorter is refused, whatever is missing", () => {

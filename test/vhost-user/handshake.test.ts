@@ -183,7 +183,7 @@ describe("gates", () => {
     expect(rig.refusals).toEqual(["GET_QUEUE_NUM"]);
   });
 
-  it("PROTOCOL, 4: SET_BACKEND_REQ_FD takes one socket and replaces the one before", async () => {
+  it("PROTOCOL, 4, BI-161: SET_BACKEND_REQ_FD takes one socket and replaces the one before", async () => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
     const [a, b] = socketpair().map((fd) => rig.own(fd));
@@ -192,7 +192,7 @@ describe("gates", () => {
     expect(rig.refusals).toEqual([]);
   });
 
-  it("PROTOCOL, 4.1: SET_BACKEND_REQ_FD without BACKEND_REQ, without an fd, or with another kind of fd is refused", async () => {
+  it("PROTOCOL, 4.1, BI-161: SET_BACKEND_REQ_FD without BACKEND_REQ, without an fd, or with another kind of fd is refused", async () => {
     const { rig, frontend } = await negotiated(REPLY_ACK);
     await using _ = rig;
     const [a, b] = socketpair();

@@ -137,6 +137,12 @@ describe("VIRTIO_F_RING_PACKED", () => {
     await expect(frontend.setVringBase(0, 0x8000_8000)).rejects.toThrow(/refused/);
   });
 
+  it("BI-038: without VIRTIO_F_VERSION_1 it is refused: the net header's length would be anybody's guess", async () => {
+    const { rig, frontend } = await packed();
+    await using _ = rig;
+    await expect(frontend.setFeatures(PACKED | BIT_30)).rejects.toThrow(/refused/);
+  });
+
   it("it is offered by the device, or refused as any other feature", async () => {
     await using rig = new Rig();
     rig.serve();

@@ -30,7 +30,7 @@ describe("PROTOCOL, 4.1: requests that are not offered", () => {
   });
 
   it.each([...withRefusal("ack or drop"), ...withRefusal("ack or ignore")])(
-    "request %i is refused by a non-zero ack, its payload skipped, its fds closed",
+    "BI-151, BI-153, BI-162, BI-164: request %i is refused by a non-zero ack, its payload skipped, its fds closed",
     async (id) => {
       const { rig, frontend } = await negotiated();
       await using _ = rig;
@@ -74,7 +74,7 @@ describe("PROTOCOL, 4.1: requests that are not offered", () => {
     [L.VHOST_USER_SET_DEVICE_STATE_FD, 8, "0101000000000000"],
     [L.VHOST_USER_CHECK_DEVICE_STATE, 0, "0100000000000000"],
   ])(
-    "request %i gets its own reply, which says no, once and whether or not NEED_REPLY is set",
+    "BI-156, BI-162: request %i gets its own reply, which says no, once and whether or not NEED_REPLY is set",
     async (id, size, reply) => {
       const { rig, frontend } = await negotiated();
       await using _ = rig;

@@ -110,6 +110,20 @@ describe("connections", () => {
     await expectDropped(next);
   });
 
+  it("BI-029: idle connections wait in the socket's queue, which is bounded; one is taken", async () => {
+    await using rig = new Rig();
+    rig.serve();
+    const idle: number[] = [];
+    for (let count = 0; count < 10_000; count++) {
+      const fd = connect(rig.path);
+      if (fd === undefined) break;
+      idle.push(rig.own(fd));
+      if (count === 0) await vi.waitFor(() => expect(rig.events).toHaveLength(1));
+    }
+    expect(idle.length).toBeLessThan(200);
+    expect(rig.events.map(({ type }) => type)).toEqual(["connect"]);
+  });
+
   it("a front-end that stays silent after connecting is dropped", async () => {
     await using rig = new Rig();
     rig.serve({ firstMessageTimeoutMs: 20 });
@@ -234,7 +248,7 @@ describe("connections", () => {
     await barrier(rig.connect());
   });
 
-  it("messages sent at once are handled one in a turn of the event loop: others have their turn in between", async () => {
+  it("BI-033: messages sent at once are handled one in a turn of the event loop: others have their turn in between", async () => {
     await using rig = new Rig();
     rig.serve();
     const frontend = rig.connect();

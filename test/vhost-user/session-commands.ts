@@ -52,6 +52,7 @@ const features = fc.constantFrom(
   mask(VIRTIO_F_VERSION_1) | BIT_30,
   mask(VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX) | BIT_30,
   mask(VIRTIO_F_VERSION_1, VIRTIO_F_RING_PACKED) | BIT_30,
+  mask(VIRTIO_F_RING_PACKED) | BIT_30,
   mask(40) | BIT_30,
 );
 const ACK = L.VHOST_USER_PROTOCOL_F_REPLY_ACK;

@@ -6,6 +6,7 @@ import * as L from "../../src/layout/vhost-user.ts";
 import {
   VHOST_USER_F_PROTOCOL_FEATURES,
   VIRTIO_F_RING_PACKED,
+  VIRTIO_F_VERSION_1,
   VIRTIO_RING_F_EVENT_IDX,
 } from "../../src/layout/virtio.ts";
 import { FILE_BYTES, mask, OFFERED, RINGS, SHORT_BYTES } from "./session-commands.ts";
@@ -382,6 +383,7 @@ const RULES = new Map<number, Rule>([
         const features = payload.readBigUInt64LE();
         model.featuresRefused = true;
         refuseIf((features & ~(OFFERED | BIT_30)) !== 0n);
+        refuseIf((features & mask(VIRTIO_F_RING_PACKED)) !== 0n && (features & mask(VIRTIO_F_VERSION_1)) === 0n);
         refuseIf(model.isRunning && features !== model.features);
         if (!model.isRunning) {
           model.features = features;

@@ -75,6 +75,15 @@ describe("call and err fds", () => {
     expect(receive(ours, Buffer.alloc(16))?.count).toBe(8);
   });
 
+  it("BI-027: a call socket whose other end was closed takes no signal, and kills nobody by SIGPIPE", async () => {
+    const { rig, frontend } = await started();
+    await using _ = rig;
+    const [ours, theirs] = socketpair();
+    await frontend.setVringCall(0, rig.own(theirs));
+    close(ours);
+    expect(signalPeer(rig.device.lastVring.call as number)).toBe(false);
+  });
+
   it("BI-024: a kick fd is an eventfd, no pipe and no socket", async () => {
     const { rig, frontend } = await ready();
     await using _ = rig;

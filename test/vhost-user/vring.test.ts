@@ -365,7 +365,7 @@ describe("PROTOCOL, 4.1: numbers", () => {
     },
   );
 
-  it.each([1, 2, 32768])("ring size %i is taken", async (num) => {
+  it.each([1, 2, 32768])("BI-103: ring size %i is taken: no limit is lower than the protocol's", async (num) => {
     const { rig, frontend } = await negotiated();
     await using _ = rig;
     await frontend.setVringNum(0, num);
