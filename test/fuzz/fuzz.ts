@@ -1,7 +1,7 @@
 /**
- * `npm run fuzz -- --minutes N [--seed S] [--target ring] [--corpus DIR] [--input BASE64]`: searches for inputs that a target
- * does not survive, guided by what it does. One that is found is printed in one line that repeats it, and can be put into
- * test/fuzz/corpus as a regression test.
+ * `npm run fuzz -- --minutes N [--seed S] [--target ring|control] [--corpus DIR] [--input BASE64]`: searches for inputs that a target
+ * does not survive, guided by what it does. One that is found is printed in one line that repeats it, and in one that makes
+ * a regression test as a file of test/fuzz/corpus.
  *
  * --corpus: a directory of inputs to begin with, to which those that do something new are added. --input: just that one.
  */
@@ -35,7 +35,7 @@ if (values.input === undefined) {
   for (const [name, target] of chosen) await fuzz(name, target, (minutes * 60_000) / chosen.length);
 } else {
   const input = Buffer.from(values.input, "base64");
-  for (const [, target] of chosen) await target(input);
+  for (const [, target] of chosen) await target.run(input);
   console.log("this input does no harm");
 }
 
@@ -45,14 +45,19 @@ async function fuzz(name: string, target: (typeof targets)[string], ms: number):
   const directory = values.corpus && join(values.corpus, name);
   const from = performance.now();
   let shown = from;
-  const report = await search(target, directory ? readCorpus(directory) : [], random, (runs) => {
-    const now = performance.now();
-    if (now - shown > SLICE_MS) {
-      shown = now;
-      console.log(`${name}: ${runs} runs in ${Math.round((now - from) / 1000)} s`);
-    }
-    return now - from > ms;
-  });
+  const report = await search(
+    target.run,
+    [...target.seeds(), ...(directory ? readCorpus(directory) : [])],
+    random,
+    (runs) => {
+      const now = performance.now();
+      if (now - shown > SLICE_MS) {
+        shown = now;
+        console.log(`${name}: ${runs} runs in ${Math.round((now - from) / 1000)} s`);
+      }
+      return now - from > ms;
+    },
+  );
   if (directory) for (const input of report.corpus) keep(directory, input);
   console.log(
     `${name}: seed ${seed}, ${report.runs} runs, ${report.corpus.length} inputs that did something new, ${report.covered} features`,
@@ -61,6 +66,7 @@ async function fuzz(name: string, target: (typeof targets)[string], ms: number):
   const { input, message } = report.finding;
   console.log(`${name}: ${message}`);
   console.log(`npm run fuzz -- --target ${name} --input ${Buffer.from(input).toString("base64")}`);
+  console.log(JSON.stringify({ target: name, about: message.split("\n")[0], ...(target.keep(input) as object) }));
   process.exitCode = 1;
 }
 
