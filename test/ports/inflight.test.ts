@@ -8,7 +8,7 @@ import { close } from "../../native/libc.ts";
 import { memfdCreate } from "../../native/memfd.ts";
 import { Relay, type RelayEvent } from "../../src/index.ts";
 import * as L from "../../src/layout/vhost-user.ts";
-import { VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1 } from "../../src/layout/virtio.ts";
+import { VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1 } from "../../src/layout/virtio.ts";
 import { Frontend } from "../../src/vhost-user/frontend.ts";
 
 const SIZE = 16;
@@ -39,11 +39,11 @@ function own(fd: number): number {
 }
 
 /** A front-end that has said all but the ring's. */
-async function connect(): Promise<Frontend> {
+async function connect(...features: number[]): Promise<Frontend> {
   const frontend = open.use(Frontend.connect(path));
   const mask = (...bits: number[]) => bits.reduce((sum, bit) => sum | (1n << BigInt(bit)), 0n);
   await frontend.setProtocolFeatures(mask(L.VHOST_USER_PROTOCOL_F_REPLY_ACK, L.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD));
-  await frontend.setFeatures(mask(VIRTIO_F_VERSION_1, VHOST_USER_F_PROTOCOL_FEATURES));
+  await frontend.setFeatures(mask(VIRTIO_F_VERSION_1, VHOST_USER_F_PROTOCOL_FEATURES, ...features));
   await frontend.setMemTable([{ gpa: 0n, sizeBytes: BigInt(MEMORY), userAddress: 0n, mmapOffset: 0n, fd: guest }]);
   return frontend;
 }
@@ -115,4 +115,56 @@ describe("PROTOCOL, 17: a receiveq with an inflight region", () => {
     expect(await frontend.getVringBase(0)).toBe(3);
     expect(events).toContainEqual(expect.objectContaining({ type: "refusal", request: "SET_INFLIGHT_FD" }));
   });
+});
+
+describe("PROTOCOL, 17: a transmitq with an inflight region", () => {
+  /** Where ring 1 has its part. */
+  const PART = { split: 320, packed: 576 };
+  const RING = 0x4000;
+  const FRAMES = 5;
+
+  /** Descriptors 0 to 4 are a frame of 60 bytes each, and available. */
+  function transmit(form: "split" | "packed"): void {
+    for (let n = 0; n < FRAMES; n++) {
+      const at = RING + 0x1000 + n * 16;
+      writeSync(guest, BigUint64Array.of(BigInt(0xc000 + n * 128), 72n), 0, 16, at);
+      if (form === "packed") writeSync(guest, Uint16Array.of(n, 1 << 7), 0, 4, at + 12);
+      else guestU16(RING + 0x2004 + n * 2, n);
+    }
+    if (form === "split") guestU16(RING + 0x2002, FRAMES);
+  }
+
+  it.each([
+    ["split", [], L.INFLIGHT_SPLIT_USED_IDX, [FRAMES]],
+    ["packed", [VIRTIO_F_RING_PACKED], L.INFLIGHT_PACKED_USED_IDX, [FRAMES, FRAMES, 0x0101]],
+  ] as const)(
+    "%s: says how far the ring is; the next back-end goes on there, whatever the base",
+    async (form, features, at, words) => {
+      open.use(
+        await Relay.start({ links: [[`vhost-user:${path}`, "loopback"]], onEvent: (event) => events.push(event) }),
+      );
+      const first = await connect(...features);
+      const region = await first.getInflightFd(2, SIZE);
+      if (!region) throw new Error("no region");
+      own(region.fd);
+      await first.setInflightFd(region);
+      transmit(form);
+      await start(first, 1, 0);
+      const used = () => {
+        const found = new Uint16Array(words.length);
+        readSync(region.fd, found, 0, found.byteLength, PART[form] + at);
+        return [...found];
+      };
+      await expect.poll(used).toEqual(words);
+      first[Symbol.dispose]();
+
+      const second = await connect(...features);
+      await second.setInflightFd(region);
+      await start(second, 1, form === "packed" ? 0x8002_8002 : 2);
+      const goesOn = form === "packed" ? 0x8005_8005 : FRAMES;
+      expect(await second.getVringBase(1)).toBe(goesOn);
+      expect(used()).toEqual(words);
+      expect(events.filter(({ type }) => type === "refusal")).toEqual([]);
+    },
+  );
 });
