@@ -41,6 +41,13 @@ export class RawSplit implements RawRing {
     this.availIdx = this.#availIdx;
   }
 
+  /** Sets the avail index and the ring's first entries, whatever was offered before. */
+  availAt(index: number, heads: readonly number[]): void {
+    const at = this.#ram.at(this.ring.avail);
+    for (const [i, head] of heads.entries()) this.#ram.view.setUint16(at + 4 + 2 * i, head, true);
+    this.#availIdx = this.availIdx = index;
+  }
+
   interrupts(wanted: boolean): void {
     this.availFlags = wanted ? 0 : 1;
     if (this.ring.eventIdx) this.usedEvent = (this.#availIdx + (wanted ? 0 : 0x8000)) & 0xffff;

@@ -147,27 +147,39 @@ interface End {
 export class Rig {
   readonly source: End;
   readonly destination: End;
-  readonly lane = new Lane("test");
-  readonly core: Core;
+  readonly #variant: Variant;
+  readonly #observe: (access: Access) => void;
+  lane: Lane;
+  core: Core;
 
   constructor(plan: RigPlan) {
     const { source, destination, variant = 1, observe = () => undefined } = plan;
+    this.#variant = variant;
+    this.#observe = observe;
     this.source = slots.source.fill(source);
     this.destination =
       "in" in destination ? { ...this.source, ring: destination.ring } : slots.destination.fill(destination);
+    [this.lane, this.core] = this.#createLane();
+  }
+
+  /** A new lane on the same guests, as a relay has that was killed and started again. */
+  replaceLane(base: { source: number; destination: number }): void {
+    [this.lane, this.core] = this.#createLane(base);
+  }
+
+  #createLane(base = { source: this.source.ring.base, destination: this.destination.ring.base }): [Lane, Core] {
+    const { source, destination } = this;
+    const lane = new Lane("test");
     for (const end of ["source", "destination"] as const) {
-      this.lane.setExtents(end, this[end].extents);
-      this.start(end);
+      lane.setExtents(end, this[end].extents);
+      lane.setVring(end, runningVring(this[end], base[end]));
     }
-    this.core =
-      variant === "hooked"
-        ? instantiateHooked(this.lane.memory, this.source, this.destination, observe)
-        : instantiateCore(
-            this.lane.memory,
-            pad(this.source.segments, variant),
-            pad(this.destination.segments, variant),
-          );
-    this.core.refresh();
+    const core =
+      this.#variant === "hooked"
+        ? instantiateHooked(lane.memory, source, destination, this.#observe)
+        : instantiateCore(lane.memory, pad(source.segments, this.#variant), pad(destination.segments, this.#variant));
+    core.refresh();
+    return [lane, core];
   }
 
   /** Starts the virtqueue of an end, or starts it again from `base`. */
