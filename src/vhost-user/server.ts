@@ -44,6 +44,7 @@ export class Server implements AsyncDisposable {
   readonly #closing = new AbortController();
   readonly #done: Promise<void>;
   #connection: Connection | undefined;
+  #session: Session | undefined;
 
   /** Serves from now on. @throws ConfigError when the path cannot be listened on, or the fd is no socket */
   constructor(device: Device, options: ServerOptions) {
@@ -58,6 +59,7 @@ export class Server implements AsyncDisposable {
     this.#closing.abort();
     this.#endpoint[Symbol.dispose]();
     this.#connection?.[Symbol.dispose]();
+    this.#session?.interrupt();
     await this.#done;
   }
 
@@ -82,6 +84,7 @@ export class Server implements AsyncDisposable {
     this.#connection = connection;
     this.#emit({ type: "connect" });
     const session = new Session(this.#device, (refusal) => this.#emit({ type: "refusal", ...refusal }));
+    this.#session = session;
     const ending: { type: "disconnect"; error?: unknown } = { type: "disconnect" };
     let messages = 0;
     try {
@@ -99,6 +102,7 @@ export class Server implements AsyncDisposable {
     }
     connection[Symbol.dispose]();
     this.#connection = undefined;
+    this.#session = undefined;
     try {
       await session.end();
     } catch (error) {

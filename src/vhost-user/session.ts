@@ -58,6 +58,11 @@ export class Session {
     }
   }
 
+  /** A message that is being handled no longer waits for the front-end. */
+  interrupt(): void {
+    this.#state.interrupt();
+  }
+
   /** The connection is gone. Afterwards the device is reset and every fd closed. */
   async end(): Promise<void> {
     await this.#state.end();

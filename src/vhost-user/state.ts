@@ -188,7 +188,7 @@ export class SessionState {
     this.status = this.featuresRefused ? status & ~VIRTIO_CONFIG_S_FEATURES_OK : status;
   }
 
-  /** All is initial again, but what front-ends send only once: memory, protocol features, err fds, back-end socket. */
+  /** All is initial again, but what front-ends send only once: memory, protocol features, err fds, back-end socket, inflight region. */
   async resetDevice(): Promise<void> {
     try {
       for (const ring of this.vrings) if (ring.running !== undefined) await this.#pause(ring);
@@ -240,11 +240,15 @@ export class SessionState {
 
   /** Resolves when the state went through. @throws ProtocolError when it did not, or none was under way */
   async checkTransfer(): Promise<void> {
-    const transfer = this.#transfer;
+    if (this.#transfer === undefined) throw new ProtocolError("no state was saved or loaded");
+    const error = await this.#transfer.outcome;
     this.#transfer = undefined;
-    if (transfer === undefined) throw new ProtocolError("no state was saved or loaded");
-    const error = await transfer.outcome;
     if (error !== undefined) throw error;
+  }
+
+  /** What waits for the front-end gives up: nobody will answer it. */
+  interrupt(): void {
+    this.#transfer?.[Symbol.dispose]();
   }
 
   /** The connection is gone: the device lets go of everything, then the fds are closed. */
@@ -252,7 +256,7 @@ export class SessionState {
     try {
       await this.device.reset();
     } finally {
-      this.#transfer?.[Symbol.dispose]();
+      this.interrupt();
       await this.#transfer?.outcome;
       for (const ring of this.vrings) ring.closeFds();
       if (this.#backendRequestFd !== undefined) close(this.#backendRequestFd);

@@ -1,12 +1,12 @@
 /** SET_DEVICE_STATE_FD and CHECK_DEVICE_STATE, through real pipes. */
 import { closeSync, constants, openSync, readSync, writeSync } from "node:fs";
+import { setTimeout as sleep } from "node:timers/promises";
 import { describe, expect, it } from "vitest";
 import { pipe, setNonBlocking } from "../../native/fd.ts";
 import * as L from "../../src/layout/vhost-user.ts";
 import { decodeU64 } from "../../src/vhost-user/codec.ts";
 import type { Frontend } from "../../src/vhost-user/frontend.ts";
-import { barrier, BIT_30, EVENT_IDX, negotiated, started, VERSION_1 } from "./rig.ts";
-import type { Rig } from "./rig.ts";
+import { barrier, BIT_30, EVENT_IDX, negotiated, Rig, started, USUAL_PROTOCOL_FEATURES, VERSION_1 } from "./rig.ts";
 
 const SAVE = 0;
 const LOAD = 1;
@@ -138,6 +138,21 @@ describe("PROTOCOL, 19: device state", () => {
     setNonBlocking(write);
     expect(await transfer(frontend, LOAD, [read])).toBe(TAKEN);
     await barrier(frontend);
+  });
+
+  it("a CHECK_DEVICE_STATE that waits for a silent peer does not hold up the end of the back-end", async () => {
+    await using rig = new Rig();
+    const server = rig.serve();
+    const frontend = rig.connect();
+    await frontend.setProtocolFeatures(USUAL_PROTOCOL_FEATURES);
+    const { read, write } = pipeOf(rig);
+    rig.own(write);
+    expect(await transfer(frontend, LOAD, [read])).toBe(TAKEN);
+    const answer = check(frontend).catch(() => "none");
+    await sleep(50);
+    // Sooner than the deadline of the transfer, which is this test's too
+    await server[Symbol.asyncDispose]();
+    expect(await answer).toBe("none");
   });
 
   it("while a ring is started it is refused", async () => {
