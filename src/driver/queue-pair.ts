@@ -34,6 +34,8 @@ export class QueuePair {
   readonly transmitq: VirtqueueDriver;
   /** Kicks sent on both queues. */
   kicks = 0;
+  /** Receive buffers that came back with nothing in them: so do those that a killed back-end had in hand. */
+  emptyBuffers = 0;
   readonly #receiveKick: number;
   readonly #transmitKick: number;
   readonly #mergeable: boolean;
@@ -93,18 +95,20 @@ export class QueuePair {
    */
   receive(limit: number, handle: (frame: Uint8Array) => void): number {
     let count = 0;
+    const emptyBefore = this.emptyBuffers;
     for (; count < limit; count++) {
       const frame = this.#nextFrame();
       if (frame === undefined) break;
       handle(frame);
     }
     // Only now: a frame in one buffer is handled where it lies.
-    if (count > 0) this.fill();
+    if (count > 0 || this.emptyBuffers > emptyBefore) this.fill();
     return count;
   }
 
   #nextFrame(): Uint8Array | undefined {
-    const first = this.#receiveBuffers.reclaim(this.receiveq);
+    let first = this.#receiveBuffers.reclaim(this.receiveq);
+    for (; first?.length === 0; first = this.#receiveBuffers.reclaim(this.receiveq)) this.emptyBuffers++;
     if (first === undefined) return undefined;
     if (first.length < NET_HDR_SIZE)
       throw new DeviceError(`receive buffer used with ${first.length} bytes: no whole header`);

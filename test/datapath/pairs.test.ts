@@ -2,18 +2,29 @@
  * Two guests that use different numbers of queue pairs: the receiveqs that receive share what all transmitqs send.
  * Nothing is lost but what is counted as dropped, nothing arrives twice, the order of each source pair is kept.
  */
-import { mkdtempSync, rmSync } from "node:fs";
+import { mkdtempSync, readSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { afterEach, beforeEach, expect, it } from "vitest";
+import { close } from "../../native/libc.ts";
 import { Relay, type RelayEvent, type RelayOptions } from "../../src/index.ts";
 import { Guest } from "../../src/driver/guest.ts";
 import { NetDriver } from "../../src/driver/net.ts";
+import {
+  INFLIGHT_ALIGN,
+  INFLIGHT_SPLIT_ENTRIES,
+  INFLIGHT_SPLIT_ENTRY_SIZE,
+  INFLIGHT_SPLIT_USED_IDX,
+  VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
+  VHOST_USER_PROTOCOL_F_REPLY_ACK,
+} from "../../src/layout/vhost-user.ts";
 import { frame } from "./traffic.ts";
 
 /** Frame numbers of a pair start here times its number. */
 const PAIR = 1_000_000;
+const REPLY_ACK = 1n << BigInt(VHOST_USER_PROTOCOL_F_REPLY_ACK);
+const INFLIGHT = 1n << BigInt(VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD);
 
 let directory: string;
 let open: DisposableStack;
@@ -330,4 +341,40 @@ it("a shared receiveq without buffers costs frames after the stall limit, until 
     await traffic.settle(dropped);
   }
   expect(dropped()).toBe(before);
+});
+
+it("followers keep the inflight header of the receiveq that they share, and their own one's as it was", async () => {
+  await start({ a: 2, b: 2 });
+  const a = await connect("a", 2);
+  const b = await connect("b", 2);
+  await b.frontend.setProtocolFeatures(REPLY_ACK | INFLIGHT);
+  const region = (await b.frontend.getInflightFd(4, 128))!;
+  open.defer(() => close(region.fd));
+  for (const index of [0, 1, 2, 3]) await b.frontend.getVringBase(index);
+  await b.frontend.setInflightFd(region);
+  for (const pair of [0, 1]) await restart(b, receiveq(pair));
+  const part = Math.ceil((INFLIGHT_SPLIT_ENTRIES + INFLIGHT_SPLIT_ENTRY_SIZE * 128) / INFLIGHT_ALIGN) * INFLIGHT_ALIGN;
+  const usedIndexes = () =>
+    [0, 1].map((pair) => {
+      const bytes = Buffer.alloc(2);
+      readSync(region.fd, bytes, 0, 2, Number(region.mmapOffset) + part * receiveq(pair) + INFLIGHT_SPLIT_USED_IDX);
+      return bytes.readUInt16LE();
+    });
+  const inRings = () => b.pairs.map(({ receiveq }) => receiveq.lastUsed);
+  const traffic = new Traffic(a, b);
+  traffic.send(60);
+  await traffic.settle();
+  const before = inRings();
+  expect(usedIndexes()).toEqual(before);
+  await b.frontend.setVringEnable(receiveq(1), false);
+  traffic.send(100, [1]);
+  await traffic.settle();
+  expect(inRings()[0]).toBeGreaterThan(before[0]!);
+  expect(inRings()[1]).toBe(before[1]);
+  expect(usedIndexes()).toEqual(inRings());
+  await b.frontend.setVringEnable(receiveq(1), true);
+  traffic.send(100);
+  await traffic.settle();
+  expect(inRings()[1]).toBeGreaterThan(before[1]!);
+  expect(usedIndexes()).toEqual(inRings());
 });

@@ -26,6 +26,8 @@ const FIRST_POSITION = 0x8000;
 /** How often a relay is killed, and how many frames it has in hand at most. */
 const LIVES = 4;
 const BATCH = 64;
+/** Receive buffers that a frame takes at most. */
+const BUFFERS = 3;
 
 let directory: string;
 let open: DisposableStack;
@@ -116,6 +118,11 @@ class Machine {
     });
   }
 
+  /** Receive buffers that came back empty: of a packed ring those in hand when a relay was killed, of a split one none. */
+  get emptyBuffers(): number {
+    return this.#driver.pairs[0]!.emptyBuffers;
+  }
+
   /** Transmit chains that the device still has, and receive buffers that it does not have. */
   get missing(): { transmit: number; receive: number } {
     const { receiveq, transmitq } = this.#driver.pairs[0]!;
@@ -182,6 +189,7 @@ it.each(KINDS)(
       const sent = machines[1 - i]!.sent;
       // The frames in hand when the relay was killed may be lost.
       expect(sent - machine.received).toBeLessThanOrEqual(LIVES * BATCH);
+      expect(machine.emptyBuffers).toBeLessThanOrEqual(kinds[i] === "packed" ? BUFFERS * LIVES * BATCH : 0);
     }
   },
 );
