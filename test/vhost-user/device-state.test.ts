@@ -6,6 +6,7 @@ import { pipe, setNonBlocking } from "../../native/fd.ts";
 import * as L from "../../src/layout/vhost-user.ts";
 import { decodeU64 } from "../../src/vhost-user/codec.ts";
 import type { Frontend } from "../../src/vhost-user/frontend.ts";
+import { STATE_TIMEOUT_MS } from "../../src/vhost-user/limits.ts";
 import { barrier, BIT_30, EVENT_IDX, negotiated, Rig, started, USUAL_PROTOCOL_FEATURES, VERSION_1 } from "./rig.ts";
 
 const SAVE = 0;
@@ -147,11 +148,12 @@ describe("PROTOCOL, 19: device state", () => {
     await frontend.setProtocolFeatures(USUAL_PROTOCOL_FEATURES);
     const { read, write } = pipeOf(rig);
     rig.own(write);
+    const startMs = performance.now();
     expect(await transfer(frontend, LOAD, [read])).toBe(TAKEN);
     const answer = check(frontend).catch(() => "none");
     await sleep(50);
-    // Sooner than the deadline of the transfer, which is this test's too
     await server[Symbol.asyncDispose]();
+    expect(performance.now() - startMs, "before the transfer's deadline").toBeLessThan(STATE_TIMEOUT_MS);
     expect(await answer).toBe("none");
   });
 
