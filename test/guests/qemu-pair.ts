@@ -78,8 +78,8 @@ export class QemuPair implements AsyncDisposable {
       await this.relay.restart();
     });
     console.log(`pings lost, of five a second, in ${kills} kills of the relay: ${gaps.join(" and ") || "none"}`);
-    // Each costs at most what it had in hand, and what the guest that is back first sends to the other. What waits in
-    // the virtqueues meanwhile is answered.
+    // Each costs what the relay had in hand, and what the guest that is back first sends to the other. What waits in the
+    // virtqueues is answered late, unless the guest's kernel notices that its link is down: then it drops that itself.
     expect(gaps.length).toBeLessThanOrEqual(2 * kills);
   }
 

@@ -6,7 +6,8 @@
 import { availableParallelism } from "node:os";
 import { describeExit, Program } from "./program.ts";
 
-const prompt = "testpmd> ";
+/** It has nothing behind it, or what happened to a port since. */
+const prompt = /testpmd> (?:\n|$)/;
 
 export interface TestpmdOptions {
   readonly sockets: readonly string[];
@@ -17,6 +18,8 @@ export interface TestpmdOptions {
   /** VIRTIO_F_IN_ORDER. */
   readonly inOrder?: boolean;
   readonly queuePairs?: number;
+  /** The ports listen on their sockets, and wait for the back-end; it may go and come back. */
+  readonly listen?: boolean;
   readonly queueSize?: number;
   /** Longest frame the ports take; longer ones than an mbuf (2048 bytes of data) are chains. */
   readonly maxFrameBytes?: number;
@@ -131,15 +134,15 @@ export class Testpmd implements AsyncDisposable {
   async #answer(start: number): Promise<string> {
     return this.#program.until("its prompt", () => {
       const answer = this.#program.stdout.slice(start);
-      return answer.endsWith(prompt) ? answer : undefined;
+      return prompt.test(answer) ? answer : undefined;
     });
   }
 }
 
 /** What virtio_user is to offer and ask for on a port. */
 function deviceArguments(options: TestpmdOptions, port: number): string {
-  const { queueSize = 1024, queuePairs = 1, mergeable, packed, inOrder = false } = options;
+  const { queueSize = 1024, queuePairs = 1, mergeable, packed, inOrder, listen } = options;
   const flag = (on: boolean | undefined): number => (on ? 1 : 0);
   const features = `mrg_rxbuf=${flag(mergeable)},packed_vq=${flag(packed?.[port])},in_order=${flag(inOrder)}`;
-  return `queue_size=${queueSize},queues=${queuePairs},${features}`;
+  return `queue_size=${queueSize},queues=${queuePairs},server=${flag(listen)},${features}`;
 }
