@@ -14,6 +14,7 @@ import {
   NET_CONFIG_STATUS,
   NET_HDR_SIZE,
   NET_HDR_SIZE_LEGACY,
+  USED_IDX,
   VIRTIO_F_ANY_LAYOUT,
   VIRTIO_F_IN_ORDER,
   VIRTIO_F_RING_PACKED,
@@ -219,7 +220,10 @@ export class VhostUserPort implements GuestPort, Device {
     this.#vrings.set(index, running);
   }
 
-  /** Finds out where a virtqueue goes on, and gives back what another back-end left in flight. */
+  /**
+   * Finds out where a virtqueue goes on, and gives back what another back-end left in flight. Nothing is ever in flight here, so a
+   * split ring goes on at its used index: the base of a front-end whose back-end was killed is an old one, or 0 (DPDK).
+   */
   #resume(vring: RunningVring, sizes: Record<keyof Areas, number>, inflight: InflightPlace | undefined): void {
     const isPacked = (vring.flags & VRING_PACKED) !== 0;
     const desc = areaView(this.memory, vring.desc, sizes.desc);
@@ -234,8 +238,8 @@ export class VhostUserPort implements GuestPort, Device {
     if (recovery) {
       vring.base = recovery.position;
       vring.inflight = inflight;
-    } else if (isPacked) {
-      vring.base = startPosition(vring.base, packedFlags(desc));
+    } else {
+      vring.base = isPacked ? startPosition(vring.base, packedFlags(desc)) : used.getUint16(USED_IDX, true);
     }
     if (isPacked) vring.base = giveBackCutBatch(desc, vring.base);
   }

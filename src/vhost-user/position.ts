@@ -6,7 +6,6 @@
  * of numbers: the holder copies the flags out of guest memory once.
  */
 import {
-  VRING_DESC_F_NEXT,
   VRING_PACKED_DESC_F_AVAIL,
   VRING_PACKED_DESC_F_USED,
   VRING_PACKED_EVENT_F_WRAP_CTR,
@@ -53,13 +52,12 @@ export function decodePackedBase(base: number): number {
 }
 
 /**
- * Where the device goes on in a ring, by the flags of all its descriptors: at `base`, unless the ring itself says that
- * the base is stale. The front-end of a back-end that was killed cannot know how far that one got; the ring does,
- * because our core sets the used bit of every slot of a chain that it gives back.
+ * Where the device goes on in a ring, by the flags of all its descriptors: where the ring says, or at `base` if it says
+ * nothing. The front-end of a back-end that was killed cannot know how far that one got; the ring does, because our core
+ * sets the used bit of every slot of a chain that it gives back.
  */
 export function startPosition(base: number, flags: Uint16Array): number {
-  const ring = readPosition(flags);
-  return ring !== undefined && isStale(base, ring, flags) ? ring : base;
+  return readPosition(flags) ?? base;
 }
 
 /**
@@ -113,30 +111,6 @@ export function unpublished(position: number, flags: Uint16Array): number {
   for (let distance = offered; distance < size; distance++) if (isOffered(distance)) return Number.POSITIVE_INFINITY;
   if (marked === 1) return 0;
   return marked <= offered ? marked : Number.POSITIVE_INFINITY;
-}
-
-/** Whether the device must have got further than `base`, if `ring` is what the ring shows. */
-function isStale(base: number, ring: number, flags: Uint16Array): boolean {
-  const index = positionIndex(base);
-  const wrap = positionWrap(base);
-  if (index >= flags.length) return true;
-  for (let slot = index; slot < flags.length; slot++) if (usedBit(flags, slot) === wrap) return true;
-  for (let slot = 0; slot < index; slot++) {
-    // Neither made available in this lap nor used in it: this lap has not come here.
-    if (availBit(flags, slot) !== wrap && usedBit(flags, slot) !== wrap) return true;
-  }
-  return isBehindInLap(ring, base) && !isChainTail(flags, positionIndex(ring), index);
-}
-
-/** Two laps later in a ring that is full again all slots before `base` are available, as if none had been used. */
-function isBehindInLap(ring: number, base: number): boolean {
-  return positionWrap(ring) === positionWrap(base) && positionIndex(ring) < positionIndex(base);
-}
-
-/** Whether these slots can be the rest of one used chain, of a device that marks first slots only. */
-function isChainTail(flags: Uint16Array, start: number, end: number): boolean {
-  for (let slot = start; slot < end - 1; slot++) if (((flags[slot] ?? 0) & VRING_DESC_F_NEXT) === 0) return false;
-  return true;
 }
 
 function availBit(flags: Uint16Array, slot: number): 0 | 1 {

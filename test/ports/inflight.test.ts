@@ -111,6 +111,7 @@ describe("PROTOCOL, 17: a receiveq with an inflight region", () => {
     own(region.fd);
     writeSync(region.fd, Uint16Array.of(2), 0, 2, L.INFLIGHT_VERSION);
     await frontend.setInflightFd(region);
+    guestU16(USED_AT + 2, 3);
     await start(frontend, 0, 3);
     expect(await frontend.getVringBase(0)).toBe(3);
     expect(events).toContainEqual(expect.objectContaining({ type: "refusal", request: "SET_INFLIGHT_FD" }));
