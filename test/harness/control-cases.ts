@@ -33,6 +33,7 @@ function numbers(seed: number): (limit: number) => number {
 }
 
 const region = (vm: RawVm) => vm.guest.regions[0]!;
+const INFLIGHT = bit(L.VHOST_USER_PROTOCOL_F_REPLY_ACK) | bit(L.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD);
 const U64_MAX = (1n << 64n) - 1n;
 
 export const controlCases: HostileCase[] = [
@@ -347,6 +348,38 @@ export const controlCases: HostileCase[] = [
       await refused(vm.frontend.command(request, Buffer.alloc(16), [vm.err, vm.err]));
     },
   })),
+  {
+    number: "BI-134, BI-136",
+    what: "inflight regions for no queues, too many, again and again",
+    run: async (vm) => {
+      await vm.negotiate(INFLIGHT);
+      for (const [queues, size] of [
+        [0, 256],
+        [65_535, 256],
+        [4, 0],
+        [4, 65_535],
+      ] as const)
+        expect(await vm.frontend.getInflightFd(queues, size)).toBeUndefined();
+      for (let i = 0; i < 50; i++) close((await vm.frontend.getInflightFd(4, 256))!.fd);
+    },
+  },
+  {
+    number: "BI-137, BI-138, BI-139",
+    what: "inflight regions that are too small, elsewhere, for other queues",
+    run: async (vm) => {
+      await vm.negotiate(INFLIGHT);
+      const region = (await vm.frontend.getInflightFd(4, 256))!;
+      vm.own(region.fd);
+      const wrong = [
+        { mmapSize: 64n },
+        { mmapSize: 1n << 40n },
+        { mmapOffset: 1n },
+        { mmapOffset: U64_MAX - 63n },
+        { queues: 5 },
+      ];
+      for (const part of wrong) await refused(vm.frontend.setInflightFd({ ...region, ...part }));
+    },
+  },
   {
     number: "BI-162",
     what: "post-copy, which has a reply of its own that cannot say no",

@@ -129,8 +129,10 @@ export class Harness implements AsyncDisposable {
       this.events.filter(({ type }) => type === "fatal" || type === "trapped"),
       "I1",
     ).toEqual([]);
-    await expect.poll(() => openFds(), { message: "I3: open fds" }).toBe(before.fds);
-    await expect.poll(() => mappings("/memfd:guest"), { message: "I4: mappings of guest memory" }).toBe(before.maps);
+    await expect.poll(() => openFds(), { message: "I3: open fds", interval: 2 }).toBe(before.fds);
+    await expect
+      .poll(() => mappings("/memfd:guest"), { message: "I4: mappings of guest memory", interval: 2 })
+      .toBe(before.maps);
     const rest = Buffer.from(this.#peerGuest.read(BigInt(PEER_BYTES - PEER_REST), PEER_REST));
     expect(rest.equals(Buffer.alloc(PEER_REST, 0xa5)), "I5: the other VM's memory").toBe(true);
     await this.#mustSleep();
@@ -145,10 +147,10 @@ export class Harness implements AsyncDisposable {
       .poll(
         async () => {
           const before = loops();
-          await sleep(50);
+          await sleep(20);
           return loops().map((after, i) => after - before[i]!);
         },
-        { message: "I6: turns of the pollers in 50 ms" },
+        { message: "I6: turns of the pollers in 20 ms", interval: 2 },
       )
       .toEqual(loops().map(() => 0));
   }

@@ -2,6 +2,7 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import { expect } from "vitest";
 import {
+  NET_HDR_CSUM_OFFSET,
   NET_HDR_CSUM_START,
   NET_HDR_FLAGS,
   NET_HDR_GSO_SIZE,
@@ -9,7 +10,11 @@ import {
   NET_HDR_SIZE,
   RECEIVEQ,
   TRANSMITQ,
+  VIRTIO_NET_F_CSUM,
+  VIRTIO_NET_F_HOST_TSO4,
+  VIRTIO_NET_F_HOST_TSO6,
   VIRTIO_NET_F_MRG_RXBUF,
+  VIRTIO_NET_HDR_F_NEEDS_CSUM,
   VIRTIO_RING_F_EVENT_IDX,
   VIRTIO_RING_F_INDIRECT_DESC,
 } from "../../src/layout/virtio.ts";
@@ -82,6 +87,31 @@ function header(number: string, what: string, bytes: [number, number][], length:
       vm.write(GOOD, head);
       await vm.transmitInVain({ gpa: GOOD, len: NET_HDR_SIZE + length });
       expect(harness.takePeer()).toEqual([]);
+    },
+  };
+}
+
+/** A frame that asks for an offload that was negotiated, in a way that makes little sense; what comes of it must be bounded. */
+function offload(
+  number: string,
+  what: string,
+  { gsoType = 0, gsoSize = 0, start = 0, at = 0, length = 100 },
+): HostileCase {
+  return {
+    number,
+    what,
+    vm: { features: [VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6] },
+    run: async (vm, harness) => {
+      await vm.start();
+      const head = Buffer.alloc(NET_HDR_SIZE);
+      head[NET_HDR_FLAGS] = VIRTIO_NET_HDR_F_NEEDS_CSUM;
+      head[NET_HDR_GSO_TYPE] = gsoType;
+      head.writeUInt16LE(gsoSize, NET_HDR_GSO_SIZE);
+      head.writeUInt16LE(start, NET_HDR_CSUM_START);
+      head.writeUInt16LE(at, NET_HDR_CSUM_OFFSET);
+      vm.write(GOOD, head);
+      for (let i = 0; i < 5; i++) await vm.transmitInVain({ gpa: GOOD, len: NET_HDR_SIZE + length });
+      for (const frame of harness.takePeer()) expect(frame.length).toBeLessThanOrEqual(length);
     },
   };
 }
@@ -262,6 +292,12 @@ export const ringCases: HostileCase[] = [
     ],
     100,
   ),
+  offload("BI-251", "segments of one byte", { gsoType: 1, gsoSize: 1, start: 34, at: 16, length: 60_000 }),
+  offload("BI-251", "segments longer than the frame", { gsoType: 1, gsoSize: 0xffff, start: 34, at: 16 }),
+  offload("BI-252", "segments of no bytes", { gsoType: 4, gsoSize: 0, start: 54, at: 16, length: 9000 }),
+  offload("BI-254", "a checksum from the last byte on", { start: 99, at: 0 }),
+  offload("BI-256", "a checksum beyond 65535", { start: 0xffff, at: 0xffff }),
+  offload("BI-257", "a checksum in the Ethernet header", { start: 0, at: 2 }),
   {
     number: "BI-263, BI-266",
     what: "buffers that hold no frame",
