@@ -242,7 +242,7 @@ it("BI-049: SET_STATUS 0 in the middle of a burst: from its ack on the guest's m
   const { usedGpa, size } = b.pairs[0]!.receiveq;
   const used = () => Buffer.from(guest.read(usedGpa, 4 + 8 * size)).toString("hex");
   const before = used();
-  await expect.poll(() => lane("a").drops.noReceiver).toBeGreaterThan(500);
+  await expect.poll(() => lane("a").drops.noReceiver, { timeout: 20_000 }).toBeGreaterThan(500);
   expect(used()).toBe(before);
   expect(await burst).toBe("cut off");
 });

@@ -295,7 +295,7 @@ export const controlCases: HostileCase[] = [
   },
   {
     number: "BI-119",
-    what: "a base that the avail index belies",
+    what: "a base and a used index that the avail index belies",
     run: async (vm) => {
       await (await vm.negotiate()).share();
       await vm.startRing(TRANSMITQ, 1000);

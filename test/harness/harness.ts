@@ -108,6 +108,8 @@ export class Harness implements AsyncDisposable {
   }
 
   async run(hostile: HostileCase): Promise<void> {
+    await this.#untilListening(); // whatever became of the case before
+    this.#canary.resume();
     const before = { fds: openFds(), maps: mappings("/memfd:guest") };
     const canaryBefore = this.#canary.received;
     {
@@ -137,7 +139,6 @@ export class Harness implements AsyncDisposable {
     expect(rest.equals(Buffer.alloc(PEER_REST, 0xa5)), "I5: the other VM's memory").toBe(true);
     await this.#mustSleep();
     this.#mustBeQuiet();
-    this.#canary.resume();
   }
 
   /** I6: once nobody sends, the pollers' loops stand still. */

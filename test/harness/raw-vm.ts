@@ -102,18 +102,19 @@ export class RawVm implements Disposable {
     return { desc: at(desc), avail: at(avail), used: at(used) };
   }
 
-  /** Empties a ring and starts it, enabled. */
-  async startRing(index: number, base = this.packed ? 0x8000 : 0): Promise<void> {
+  /** Empties a ring and starts it, enabled. @param usedIdx of a split ring: that far it was used before */
+  async startRing(index: number, usedIdx = 0): Promise<void> {
     const { desc, avail, used } = this.areas(index);
     const bytes = (this.packed ? PackedDriver : SplitDriver).layout(this.size, true).sizeBytes;
     this.write(desc, Buffer.alloc(bytes));
+    if (!this.packed) this.write(used + BigInt(V.USED_IDX), u16(usedIdx));
     this.#availIdx[index] = 0;
     // What the device may write: used ring and its event words, or descriptors and the device event area.
     if (this.packed) this.allow(desc, V.DESC_SIZE * this.size);
     this.allow(used, this.packed ? V.PACKED_EVENT_SIZE : V.USED_RING + V.USED_ENTRY_SIZE * this.size + 2);
     expect(avail).toBeGreaterThan(desc);
     await this.frontend.setVringNum(index, this.size);
-    await this.frontend.setVringBase(index, base);
+    await this.frontend.setVringBase(index, this.packed ? 0x8000 : usedIdx);
     await this.frontend.setVringAddr(index, this.userAreas(index));
     await this.frontend.setVringErr(index, this.err);
     await this.frontend.setVringEnable(index, true);
