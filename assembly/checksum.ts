@@ -4,8 +4,9 @@
  * Sums are of little-endian words, so what comes of them is stored little-endian too: the checksum does not care. A guest that
  * rewrites its frame meanwhile gets a wrong checksum, and nothing else.
  */
-import { PIECE_BYTES, PIECE_LENGTH, PIECE_OFFSET, PIECE_SEGMENT, SOURCE_PIECES } from "../src/layout/lane.ts";
+import { PIECE_BYTES, PIECE_LENGTH, PIECE_OFFSET, PIECE_SEGMENT } from "../src/layout/lane.ts";
 import { Source, end, load64, load8 } from "./guest";
+import { seekSource, sourceInto, sourcePiece } from "./lane/pieces";
 
 /** Folds a sum to 16 bits. */
 export function fold(sum: u64): u32 {
@@ -30,11 +31,10 @@ export function sumBytes(from: usize, length: u32): u64 {
 
 /** Sum of `length` bytes of the source pieces, of which `skip` come before them; the first byte is an even one. */
 export function sumPieces(skip: u32, length: u32): u64 {
-  let piece: usize = SOURCE_PIECES;
-  while (length != 0 && skip >= load<u32>(piece, PIECE_LENGTH)) {
-    skip -= load<u32>(piece, PIECE_LENGTH);
-    piece += PIECE_BYTES;
-  }
+  if (length == 0) return 0; // there may be no piece behind what is skipped
+  seekSource(skip);
+  let piece = sourcePiece;
+  skip = sourceInto;
   let sum: u64 = 0;
   let odd = false;
   while (length != 0) {

@@ -6,7 +6,8 @@
  */
 import { NET_HDR_CSUM_OFFSET, NET_HDR_NUM_BUFFERS, NET_HDR_SIZE } from "../src/layout/virtio.ts";
 import { PIECE_BYTES, PIECE_LENGTH, PIECE_OFFSET, PIECE_SEGMENT, SOURCE_PIECES } from "../src/layout/lane.ts";
-import { Destination, Source, end, load16, load64, load8, store16, store32, store64, store8 } from "./guest";
+import { Destination, Source, end, load16, load64, store16, store32, store64, store8 } from "./guest";
+import { loadPieces } from "./lane/pieces";
 
 /** Whether a header asks for an offload: flags and gso_type, the first two bytes of its word. */
 export function asksForOffload(word: u64): bool {
@@ -35,21 +36,6 @@ export function loadCsumOffset(segment: u32, at: u64): u32 {
 
 export function loadCsumOffsetPieces(): u32 {
   return <u32>loadPieces(NET_HDR_CSUM_OFFSET, 2);
-}
-
-/** Up to 8 bytes of the source pieces, little-endian. */
-export function loadPieces(skip: u32, length: u32): u64 {
-  let piece: usize = SOURCE_PIECES;
-  let word: u64 = 0;
-  for (let i: u32 = 0; i < length; ++i, ++skip) {
-    while (skip >= load<u32>(piece, PIECE_LENGTH)) {
-      skip -= load<u32>(piece, PIECE_LENGTH);
-      piece += PIECE_BYTES;
-    }
-    const at = load<u64>(piece, PIECE_OFFSET) + skip;
-    word |= (<u64>load8(end<Source>(), load<u32>(piece, PIECE_SEGMENT), at)) << (i << 3);
-  }
-  return word;
 }
 
 /** Writes a header. @param size NET_HDR_SIZE or NET_HDR_SIZE_LEGACY */

@@ -140,7 +140,7 @@ export function walkPacked<E>(position: u32, address: u64, rest: u64, pieces: us
   return CHAIN_BROKEN;
 }
 
-/** The buffers of an indirect table: all its entries, in order. Of their flags only the direction counts. */
+/** The buffers of an indirect table: all its entries, in order. Of their flags only the direction counts, and that none is a table. */
 function walkTable<E>(gpa: u64, bytes: u32, wanted: u64): bool {
   const vring = vringOf<E>();
   const entries = bytes / DESC_SIZE;

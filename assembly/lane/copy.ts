@@ -15,6 +15,7 @@ import {
   COUNT_PACKETS,
   POLL_BROKE_SOURCE,
   POLL_CALL_SOURCE,
+  POLL_PROGRESS,
   POLL_WAITING,
   SOURCE_VRING,
   VRING_ENABLED,
@@ -102,7 +103,7 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
       result |= POLL_BROKE_SOURCE;
       break;
     }
-    if (outcome == DROPPED) stopWaiting(); // whatever it waited for
+    if (outcome == DROPPED && !dropWhenStuck) stopWaiting(); // whatever it waited for
     if (outcome == NO_BUFFERS) {
       if (!dropWhenStuck || delivered || madeSegments) break;
       count(COUNT_DROP_NO_BUFFER);
@@ -127,6 +128,7 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
   }
   // Where buffers came back the wait begins anew: this poll does not count towards it.
   if (isWaiting() && !(dropWhenStuck && (delivered || madeSegments))) result |= POLL_WAITING;
+  if (madeSegments) result |= POLL_PROGRESS;
   return result | taken | finishDestination() | decideCall<Source>(COUNT_CALLS_SOURCE, POLL_CALL_SOURCE);
 }
 

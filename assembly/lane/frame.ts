@@ -71,7 +71,7 @@ import {
   judgeOffload,
   noOffload,
 } from "./offload";
-import { copyPieces, storePieces } from "./pieces";
+import { copyPieces, newSource, storePieces } from "./pieces";
 import {
   LEFT_BAD_BUFFER,
   LEFT_BAD_HEAD,
@@ -117,19 +117,22 @@ export let frameBytes: u32 = 0;
 /** Of the transmit chain carried last: what to give back. */
 export let frameId: u32 = 0;
 export let frameSlots: u32 = 0;
-/** Whether this poll delivered segments of a frame. */
-export let madeSegments: bool = false;
+/** Segments of frames that this poll delivered. */
+export let madeSegments: u32 = 0;
+/** So many are enough for one poll. */
+const SEGMENTS_MAX: u32 = 256;
 
 /** At the start of a poll. */
 export function beginFrames(): void {
   receiving = isReceiving();
-  madeSegments = false;
+  madeSegments = 0;
   if (receiving) beginBuffers();
 }
 
 /**
  * Carries the frame of the transmit chain at a position.
- * @returns DELIVERED, DROPPED (counted): frameId and frameSlots are to be given back; NO_BUFFERS, NO_CHAIN, BROKEN: nothing was changed
+ * @returns DELIVERED, DROPPED (counted): frameId and frameSlots are to be given back; NO_BUFFERS, UNFINISHED: it
+ *   stays, some of its segments may have been delivered; NO_CHAIN, BROKEN
  */
 export function carryFrame(position: u32, enabled: bool): u32 {
   if (left == LEFT_END) return NO_CHAIN;
@@ -151,6 +154,7 @@ export function carryFrame(position: u32, enabled: bool): u32 {
   }
   const found = walk<Source>(position, id, address, rest, SOURCE_PIECES, bytesMax);
   if (found == CHAIN_BROKEN) return BROKEN;
+  newSource();
   frameId = chainId;
   frameSlots = chainSlots;
   if (!enabled) return drop(COUNT_DROP_DISABLED);
@@ -194,7 +198,7 @@ function deliverSegments(fromHeader: u32): u32 {
   let isOpened = left >= LEFT_BUFFER;
   for (let number = load<u32>(SOURCE_VRING, VRING_SEGMENTS_SENT); number < segments; ++number) {
     store<u32>(SOURCE_VRING, number, VRING_SEGMENTS_SENT);
-    if (walked - walkedBefore > WALK_MAX) return UNFINISHED;
+    if (madeSegments >= SEGMENTS_MAX || walked - walkedBefore > WALK_MAX) return UNFINISHED;
     placeSegment(number);
     const collected = collectFor(toHeader + headersBytes + payloadBytes, isOpened);
     if (collected != BUFFERS_READY) return fateWithout(collected);
@@ -204,7 +208,7 @@ function deliverSegments(fromHeader: u32): u32 {
     storePieces(toHeader, HEADERS, headersBytes);
     copyPieces(toHeader + headersBytes, fromHeader + payloadStart, payloadBytes);
     giveMerged();
-    madeSegments = true;
+    ++madeSegments;
   }
   return DELIVERED;
 }

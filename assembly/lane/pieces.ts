@@ -1,4 +1,9 @@
-/** Frames that lie in several pieces at either end. */
+/**
+ * Frames that lie in several pieces at either end.
+ *
+ * Places in a frame are sought from where the last one was found: cutting a frame of thousands of pieces walks over them
+ * once, not once for each segment.
+ */
 import {
   DESTINATION_PIECES,
   PIECE_BYTES,
@@ -7,20 +12,50 @@ import {
   PIECE_SEGMENT,
   SOURCE_PIECES,
 } from "../../src/layout/lane.ts";
-import { Destination, copy, end, store8 } from "../guest";
+import { Destination, Source, copy, end, load8, store8 } from "../guest";
+
+/** The source piece found last, how many bytes come before it, and how far into it the place is. */
+export let sourcePiece: usize = SOURCE_PIECES;
+let sourceBefore: u32 = 0;
+export let sourceInto: u32 = 0;
+
+/** The source pieces are those of another frame. */
+export function newSource(): void {
+  sourcePiece = SOURCE_PIECES;
+  sourceBefore = 0;
+}
+
+/** Finds the byte with `skip` bytes before it, one that the source pieces have. */
+export function seekSource(skip: u32): void {
+  if (skip < sourceBefore) newSource();
+  while (skip - sourceBefore >= load<u32>(sourcePiece, PIECE_LENGTH)) {
+    sourceBefore += load<u32>(sourcePiece, PIECE_LENGTH);
+    sourcePiece += PIECE_BYTES;
+  }
+  sourceInto = skip - sourceBefore;
+}
+
+/** Up to 8 bytes of the source pieces, little-endian. */
+export function loadPieces(skip: u32, length: u32): u64 {
+  let word: u64 = 0;
+  for (let i: u32 = 0; i < length; ++i) {
+    seekSource(skip + i);
+    const at = load<u64>(sourcePiece, PIECE_OFFSET) + sourceInto;
+    word |= (<u64>load8(end<Source>(), load<u32>(sourcePiece, PIECE_SEGMENT), at)) << (i << 3);
+  }
+  return word;
+}
 
 /** Copies `length` bytes from the source pieces to the destination pieces, past the header in front of each. */
 export function copyPieces(toSkip: u32, fromSkip: u32, length: u32): void {
-  let to: usize = DESTINATION_PIECES;
-  let from: usize = SOURCE_PIECES;
   if (length == 0) return; // there may be no piece behind what is skipped
+  seekSource(fromSkip);
+  let from = sourcePiece;
+  fromSkip = sourceInto;
+  let to: usize = DESTINATION_PIECES;
   while (toSkip >= load<u32>(to, PIECE_LENGTH)) {
     toSkip -= load<u32>(to, PIECE_LENGTH);
     to += PIECE_BYTES;
-  }
-  while (fromSkip >= load<u32>(from, PIECE_LENGTH)) {
-    fromSkip -= load<u32>(from, PIECE_LENGTH);
-    from += PIECE_BYTES;
   }
   while (length != 0) {
     const room = load<u32>(to, PIECE_LENGTH) - toSkip;
@@ -45,16 +80,6 @@ export function copyPieces(toSkip: u32, fromSkip: u32, length: u32): void {
       fromSkip = 0;
     }
   }
-}
-
-/** Stores a byte to the destination pieces. */
-export function storePiecesByte(at: u32, byte: u32): void {
-  let to: usize = DESTINATION_PIECES;
-  while (at >= load<u32>(to, PIECE_LENGTH)) {
-    at -= load<u32>(to, PIECE_LENGTH);
-    to += PIECE_BYTES;
-  }
-  store8(end<Destination>(), load<u32>(to, PIECE_SEGMENT), load<u64>(to, PIECE_OFFSET) + at, byte);
 }
 
 /** Stores `length` bytes of memory 0 to the destination pieces, past the header in front. */

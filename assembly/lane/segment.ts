@@ -6,8 +6,8 @@
 import { HEADERS, HEADERS_BYTES_MAX } from "../../src/layout/lane.ts";
 import { VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_TCPV4 } from "../../src/layout/virtio.ts";
 import { checksumOf, fold, sumBytes, sumPieces } from "../checksum";
-import { loadPieces } from "../net-header";
 import { csumStart, gsoSize, gsoType } from "./offload";
+import { loadPieces } from "./pieces";
 
 // Ethernet and VLAN tags (IEEE 802.1Q)
 const ETHERTYPE: usize = 12;
@@ -17,6 +17,8 @@ const ETHERTYPE_VLAN: u32 = 0x8100;
 const ETHERTYPE_SERVICE_VLAN: u32 = 0x88a8;
 const VLAN_TAGS_MAX: u32 = 2;
 const VLAN_BYTES: u32 = 4;
+/** What the length fields of IP can say. */
+const IP_BYTES_MAX: u32 = 0xffff;
 // IPv4
 const IPV4_TOTAL_LENGTH: usize = 2;
 const IPV4_ID: usize = 4;
@@ -74,9 +76,9 @@ export function beginSegments(fromHeader: u32, frameBytes: u32): bool {
   ipId = bswap<u16>(load<u16>(HEADERS + <usize>ip, IPV4_ID));
   const addresses = HEADERS + <usize>ip + (isIpv4 ? IPV4_ADDRESSES : IPV6_ADDRESSES);
   pseudoSum = sumBytes(addresses, isIpv4 ? 8 : 32) + <u64>bswap<u16>(<u16>TCP);
-  segments = (frameBytes - headersBytes + gsoSize - 1) / gsoSize;
-  if (segments == 0) segments = 1;
-  return true;
+  const payload = frameBytes - headersBytes;
+  segments = max<u32>(1, (payload + gsoSize - 1) / gsoSize);
+  return headersBytes - ip + min(payload, gsoSize) <= IP_BYTES_MAX;
 }
 
 /** Finds the payload of a segment: payloadStart, payloadBytes. @param number below `segments` */

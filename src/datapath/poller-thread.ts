@@ -18,6 +18,7 @@ import {
   POLL_CALL_DESTINATION,
   POLL_CALL_SOURCE,
   POLL_COUNT,
+  POLL_PROGRESS,
   POLL_WAITING,
   INJECT_BYTES_MAX,
   INJECT_FRAME,
@@ -131,7 +132,7 @@ class PollerThread {
     } else if (!patience.stuck) {
       const now = performance.now();
       // A lane that gets on waits for something new each time.
-      if (patience.waitingSince === 0 || result & POLL_COUNT) patience.waitingSince = now;
+      if (patience.waitingSince === 0 || result & (POLL_COUNT | POLL_PROGRESS)) patience.waitingSince = now;
       if (now - patience.waitingSince >= this.#task.stallMs) patience.stuck = 1;
     }
     if (result & POLL_BROKE_SOURCE) {

@@ -137,6 +137,7 @@ export const POLL_CALL_DESTINATION = 0x2_0000;
 export const POLL_BROKE_SOURCE = 0x4_0000;
 export const POLL_BROKE_DESTINATION = 0x8_0000;
 export const POLL_WAITING = 0x10_0000; // for receive buffers
+export const POLL_PROGRESS = 0x20_0000; // segments of a frame were delivered, of one that is complete or not
 
 // Guest segments: shared memory64 of 16 GiB each
 export const SEGMENT_PAGES = 262_144; // of 64 KiB

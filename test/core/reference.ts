@@ -95,7 +95,7 @@ export class ReferenceLane {
       if (fate === "wait") this.counters.drops.noBuffer++;
       else if (fate !== "delivered") {
         this.counters.drops[fate]++;
-        this.#waitingAt = undefined;
+        if (!stuck) this.#waitingAt = undefined;
       }
       offered.giveBack(0);
       result.taken++;
@@ -148,7 +148,8 @@ export class ReferenceLane {
     const length = chain.length - ring.headerBytes;
     if (length < FRAME_BYTES.min || length > FRAME_BYTES.max) return "badFrame";
     const bytes = Buffer.concat(chain.views);
-    if (bytes[0] !== 0 || bytes[1] !== 0) return "badFrame"; // flags, gso_type
+    // NEEDS_CSUM, gso_type; other flags are ignored (5.1.6.2.2)
+    if ((bytes[0]! & 1) !== 0 || bytes[1] !== 0) return "badFrame";
     const frame = Uint8Array.from(bytes.subarray(ring.headerBytes));
     if (!isReceiving(this.destination)) return "noReceiver";
     const fate = this.#deliver(to, frame);
