@@ -76,7 +76,9 @@ export function readPosition(flags: Uint16Array): number | undefined {
   if (starts.length > RUNS_MAX) return undefined;
   let shortest = Number.POSITIVE_INFINITY;
   let position: number | undefined;
-  for (const start of starts) {
+  const size = flags.length;
+  // The slot of the position begins a run, or ends one if it alone is missing from a batch as long as the ring.
+  for (const start of new Set(starts.flatMap((slot) => [slot, (slot + size - 1) % size]))) {
     const candidate = makePosition(start, 1 - usedBit(flags, start));
     const batch = unpublished(candidate, flags);
     if (batch < shortest) [shortest, position] = [batch, candidate];
