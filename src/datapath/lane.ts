@@ -4,6 +4,7 @@
  * Main thread only. Everything but the counters is written while the poller has parked the lane.
  */
 import { mapAnonymous, mapShared } from "../../native/mman.ts";
+import { SystemError } from "../errors.ts";
 import {
   COUNTERS,
   COUNT_BATCHES,
@@ -106,7 +107,7 @@ export class Lane {
     this.name = name;
   }
 
-  /** Writes a virtqueue's state; undefined: it is not running. @throws SystemError if its inflight header cannot be mapped */
+  /** Writes a virtqueue's state; undefined: it is not running. */
   setVring(end: End, vring: RunningVring | undefined): void {
     const at = VRING_AT[end];
     const view = this.#view;
@@ -143,12 +144,20 @@ export class Lane {
   #setInflight(end: End, inflight: InflightPlace | undefined): void {
     const had = this.#inflights[end];
     if (had?.fd === inflight?.fd && had?.offset === inflight?.offset) return;
+    this.#inflights[end] = inflight;
     const page = { memory: this.memory, offset: BigInt(INFLIGHT_AT[end]), sizeBytes: BigInt(INFLIGHT_PAGE_BYTES) };
     const into = (inflight?.offset ?? 0n) % page.sizeBytes;
-    if (inflight) mapShared(page, inflight.fd, inflight.offset - into);
-    else mapAnonymous(page);
-    this.#inflights[end] = inflight;
-    this.#view.setUint32(VRING_AT[end] + VRING_INFLIGHT, inflight ? INFLIGHT_AT[end] + Number(into) : 0, true);
+    let header = 0;
+    try {
+      if (inflight) mapShared(page, inflight.fd, inflight.offset - into);
+      else mapAnonymous(page);
+      header = inflight ? INFLIGHT_AT[end] + Number(into) : 0;
+    } catch (error) {
+      if (!(error instanceof SystemError)) throw error;
+      // Its owner has made it unmappable since it was checked: then nobody keeps its used index, and no change may fail for it.
+      mapAnonymous(page);
+    }
+    this.#view.setUint32(VRING_AT[end] + VRING_INFLIGHT, header, true);
   }
 
   /** Makes room in memory 0 for the state of another lane's receiveq: that of its own is put aside. */

@@ -60,6 +60,12 @@ export class Link {
     }
   }
 
+  /** The core broke a virtqueue: a lane without a transmitq runs no more, one without a receiveq follows another. */
+  settle(): void {
+    // A poller that has ended has nothing to settle.
+    this.#change(() => undefined).catch(() => undefined);
+  }
+
   async close(): Promise<void> {
     await Promise.all(this.ports.filter(isGuestPort).map((port) => port.close()));
   }
@@ -189,9 +195,10 @@ function writeMemory({ lane, pair, source, destination }: PlacedLane): void {
   lane.setExtents("destination", destination.memory.extents);
 }
 
-/** Whether the lane's own receiveq takes frames: it is started and enabled, or there is none at all. */
-function isReceiving({ destination, pair }: PlacedLane): boolean {
+/** Whether the lane's own receiveq takes frames: it is started, enabled and sound, or there is none at all. */
+function isReceiving({ destination, pair, lane }: PlacedLane): boolean {
   if (!destination) return true;
+  if (lane.isBroken("destination")) return false;
   return ((destination.vring(receiveq(pair))?.flags ?? 0) & VRING_ENABLED) !== 0;
 }
 

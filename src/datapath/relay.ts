@@ -150,8 +150,10 @@ export class Relay implements AsyncDisposable {
   }
 
   #observe(message: PollerEvent): void {
-    const placed = this.#links.flatMap((link) => link.lanes).find(({ id }) => id === message.lane);
-    if (!placed) return;
+    const isMeant = ({ id }: PlacedLane) => id === message.lane;
+    const link = this.#links.find(({ lanes }) => lanes.some(isMeant));
+    const placed = link?.lanes.find(isMeant);
+    if (!link || !placed) return;
     const { lane, source, destination } = placed;
     if (message.type === "trapped") {
       placed.trapped = true;
@@ -160,6 +162,7 @@ export class Relay implements AsyncDisposable {
       const port = message.end === "source" ? source : destination;
       const virtqueue = message.end === "source" ? transmitq(placed.pair) : receiveq(receiver(placed));
       this.#onEvent({ type: "broken", lane: lane.name, port: port?.spec ?? "", virtqueue });
+      link.settle();
     }
   }
 }

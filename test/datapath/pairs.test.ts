@@ -8,6 +8,7 @@ import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { afterEach, beforeEach, expect, it } from "vitest";
 import { close } from "../../native/libc.ts";
+import { addSeals } from "../../native/memfd.ts";
 import { Relay, type RelayEvent, type RelayOptions } from "../../src/index.ts";
 import { Guest } from "../../src/driver/guest.ts";
 import { NetDriver } from "../../src/driver/net.ts";
@@ -377,4 +378,52 @@ it("followers keep the inflight header of the receiveq that they share, and thei
   await traffic.settle();
   expect(inRings()[1]).toBeGreaterThan(before[1]!);
   expect(usedIndexes()).toEqual(inRings());
+});
+
+it("an inflight region that can be mapped no more harms nobody: not the other end, nor who comes next", async () => {
+  const F_SEAL_FUTURE_WRITE = 0x10; // linux/fcntl.h
+  await start({ a: 2, b: 2 });
+  const a = await connect("a", 2);
+  const b = await connect("b", 2);
+  await b.frontend.setProtocolFeatures(REPLY_ACK | INFLIGHT);
+  const region = (await b.frontend.getInflightFd(4, 128))!;
+  open.defer(() => close(region.fd));
+  for (const index of [0, 1, 2, 3]) await b.frontend.getVringBase(index);
+  await b.frontend.setInflightFd(region);
+  for (const pair of [0, 1]) await restart(b, receiveq(pair));
+  await b.frontend.setVringEnable(receiveq(1), false);
+  expect(addSeals(region.fd, F_SEAL_FUTURE_WRITE)).toBe(true);
+  const traffic = new Traffic(a, b);
+  traffic.send(100);
+  await traffic.settle();
+  await b.frontend.setVringEnable(receiveq(1), true);
+  traffic.send(100);
+  await traffic.settle();
+  expect(drops("a").all).toBe(0);
+
+  b.frontend[Symbol.dispose]();
+  await expect.poll(() => relay.state.links[0]!.ports[1].state).toBe("listening");
+  await a.frontend.setVringEnable(receiveq(1), true);
+  const next = new Traffic(a, await connect("b", 2));
+  const dropped = drops("a").all;
+  next.send(100);
+  await next.settle();
+  expect(drops("a").all).toBe(dropped);
+});
+
+it("a receiveq whose driver broke it is left to itself: its frames go to the one that works", async () => {
+  await start({ a: 2, b: 2 });
+  const a = await connect("a", 2);
+  const b = await connect("b", 2);
+  const { availGpa, size } = b.pairs[1]!.receiveq;
+  guests.get(b)!.write(availGpa + 2n, Buffer.from(Uint16Array.of(3 * size).buffer));
+  const traffic = new Traffic(a, b);
+  traffic.send(1, [1]);
+  await expect.poll(() => events.filter(({ type }) => type === "broken")).toHaveLength(1);
+  const dropped = drops("a").all;
+  // The lanes are settled after the event.
+  await a.frontend.setVringEnable(receiveq(0), true);
+  traffic.send(100);
+  await traffic.settle(() => dropped);
+  expect(drops("a").all).toBe(dropped);
 });
