@@ -7,6 +7,7 @@ import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import { OFFLOAD_CSUM, OFFLOAD_ECN, OFFLOAD_TSO4, OFFLOAD_TSO6, POLL_PROGRESS } from "../../src/layout/lane.ts";
 import { Bump, ChainDriver, type Shape } from "./chains.ts";
+import type { Access } from "./hooked-core.ts";
 import { Rig, type Ring, type Variant, ringAt } from "./rig.ts";
 import { runs } from "./runs.ts";
 import { type TcpFrame, cutFrame, tcpFrame } from "./tcp.ts";
@@ -23,6 +24,7 @@ interface Setting {
   source?: Partial<Ring>;
   destination?: Partial<Ring>;
   size?: number;
+  observe?: (access: Access) => void;
 }
 
 class Scene {
@@ -30,7 +32,7 @@ class Scene {
   readonly transmitq: ChainDriver;
   readonly receiveq: ChainDriver;
 
-  constructor({ variant = 1, source = {}, destination = {}, size = 1024 }: Setting) {
+  constructor({ variant = 1, source = {}, destination = {}, size = 1024, observe = () => undefined }: Setting) {
     const end = (ring: Partial<Ring>) => ({
       regions: [
         { gpa: 0n, sizeBytes: 0x1_0000 },
@@ -38,7 +40,7 @@ class Scene {
       ],
       ring: ringAt(0n, size, { offloads: ALL, ...ring }),
     });
-    this.rig = new Rig({ source: end(source), destination: end(destination), variant });
+    this.rig = new Rig({ source: end(source), destination: end(destination), variant, observe });
     const driver = ({ ram, ring }: Rig["source"]) => new ChainDriver(ram, ring, new Bump(ram, ram.regions[1]!.start));
     this.transmitq = driver(this.rig.source);
     this.receiveq = driver(this.rig.destination);
@@ -331,6 +333,24 @@ describe("headers that make no sense make bad frames", () => {
     scene.post(40, 4000);
     scene.rig.poll();
     expect(scene.rig.counters).toMatchObject({ packets: 0, drops: { badFrame: 1 } });
+  });
+
+  test("BI-259 a payload that changes while it is summed and copied: a wrong checksum, no more", () => {
+    let at = 0;
+    const scene: Scene = new Scene({
+      variant: "hooked",
+      destination: { offloads: 0 },
+      observe: ({ end, gpa }) => {
+        if (end === "source" && gpa >= 0x10_0000n) scene.rig.source.ram.bytes[0x1_0000 + 200 + (at++ % 2500)]! ^= 0xff;
+      },
+    });
+    scene.send(headerOf(good), bytes);
+    scene.send(headerOf({ csumStart }), bytes);
+    scene.post(40, 4000);
+    expect(scene.rig.poll()).toMatchObject({ taken: 2 });
+    const lengths = scene.received().map(({ frame }) => frame.length);
+    expect(lengths).toEqual([...cutFrame(frame, 1000).map(({ length }) => length), bytes.length]);
+    expect(at).toBeGreaterThan(100);
   });
 
   test("a frame that gets on, one buffer at a time, says so", () => {

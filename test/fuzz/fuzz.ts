@@ -1,35 +1,34 @@
 /**
- * `npm run fuzz -- --minutes N [--seed S] [--target ring|control] [--corpus DIR] [--input BASE64]`: searches for inputs that a target
- * does not survive, guided by what it does. One that is found is printed in one line that repeats it, and in one that makes
- * a regression test as a file of test/fuzz/corpus.
- *
- * --corpus: a directory of inputs to begin with, to which those that do something new are added. --input: just that one.
+ * `npm run fuzz -- --minutes N`, `--help` for the rest: searches for inputs that a target does not survive, guided by what it
+ * does. One that is found is printed in one line that repeats it, and in one that makes a regression test as a file of
+ * test/fuzz/corpus.
  */
 import { createHash } from "node:crypto";
 import { mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { parseArgs } from "node:util";
+import { Command, InvalidArgumentError, Option } from "commander";
 import { Random } from "./bytes.ts";
 import { search } from "./engine.ts";
 import { targets } from "./targets.ts";
 
 const SLICE_MS = 10_000;
 
-const { values } = parseArgs({
-  options: {
-    minutes: { type: "string", default: "1" },
-    seed: { type: "string", default: String(Date.now() % 1_000_000) },
-    target: { type: "string", default: "all" },
-    corpus: { type: "string" },
-    input: { type: "string" },
-  },
-});
+const positive = (text: string): number => {
+  const value = Number(text);
+  if (!(value > 0)) throw new InvalidArgumentError("It must be a number above 0.");
+  return value;
+};
+const values = new Command("npm run fuzz --")
+  .description("searches for inputs that the ring core or the protocol's state machine does not survive")
+  .option("--minutes <n>", "how long", positive, 1)
+  .option("--seed <n>", "where the random numbers begin", Number, Date.now() % 1_000_000)
+  .addOption(new Option("--target <name>", "what to search").choices(["all", ...Object.keys(targets)]).default("all"))
+  .option("--corpus <directory>", "inputs to begin with; those that do something new are added")
+  .option("--input <base64>", "just this one")
+  .parse()
+  .opts<{ minutes: number; seed: number; target: string; corpus?: string; input?: string }>();
 const chosen = Object.entries(targets).filter(([name]) => values.target === "all" || values.target === name);
-const minutes = Number(values.minutes);
-if (chosen.length === 0 || !(minutes > 0)) {
-  console.error(`fuzz: --target is all or one of ${Object.keys(targets).join(", ")}; --minutes is a number above 0`);
-  process.exit(2);
-}
+const { minutes, seed } = values;
 
 if (values.input === undefined) {
   for (const [name, target] of chosen) await fuzz(name, target, (minutes * 60_000) / chosen.length);
@@ -40,7 +39,6 @@ if (values.input === undefined) {
 }
 
 async function fuzz(name: string, target: (typeof targets)[string], ms: number): Promise<void> {
-  const seed = Number(values.seed);
   const random = new Random(seed);
   const directory = values.corpus && join(values.corpus, name);
   const from = performance.now();
