@@ -1,6 +1,10 @@
-/** A guest with split and one with packed virtqueues, and a relay that is killed under them: the short QEMU test. */
+/**
+ * A guest with split virtqueues and offloads, one with packed ones and none, and a relay that is killed under them: the
+ * short QEMU test.
+ */
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { VIRTIO_F_RING_PACKED } from "../../src/layout/virtio.ts";
+import { OFFLOAD_FEATURES } from "../../src/ports/offloads.ts";
 import { INITRAMFS_TOOLS } from "./initramfs.ts";
 import { QemuPair } from "./qemu-pair.ts";
 import { missingTools } from "./tools.ts";
@@ -11,7 +15,7 @@ describe.skipIf(missing !== undefined)(`QEMU, split and packed${missing ? `: ${m
   let pair: QemuPair;
 
   beforeAll(async () => {
-    pair = await QemuPair.boot({ packed: false }, { packed: true });
+    pair = await QemuPair.boot({ packed: false }, { packed: true, noOffloads: true });
   });
 
   afterAll(() => pair?.[Symbol.asyncDispose]());
@@ -19,6 +23,11 @@ describe.skipIf(missing !== undefined)(`QEMU, split and packed${missing ? `: ${m
   test("one guest has packed virtqueues, the other has not", async () => {
     expect(await pair.a.hasFeature(VIRTIO_F_RING_PACKED)).toBe(false);
     expect(await pair.b.hasFeature(VIRTIO_F_RING_PACKED)).toBe(true);
+  });
+
+  test("one guest leaves large segments to the device, the other takes none", async () => {
+    for (const feature of OFFLOAD_FEATURES) expect(await pair.a.hasFeature(feature)).toBe(true);
+    for (const feature of OFFLOAD_FEATURES) expect(await pair.b.hasFeature(feature)).toBe(false);
   });
 
   test("every ping is answered, TCP runs, both ways", () => pair.expectTraffic());

@@ -19,6 +19,8 @@ import { qemuSystem } from "./tools.ts";
 export interface QemuOptions extends GuestOptions {
   /** VIRTIO_F_RING_PACKED, if the back-end offers it. */
   readonly packed?: boolean;
+  /** Neither leaves checksums and segments to the device nor takes them from it. */
+  readonly noOffloads?: boolean;
   /** Queue pairs, each with a CPU of its own. */
   readonly queuePairs?: number;
   /** A device before virtio 1.0. */
@@ -112,13 +114,17 @@ function machine(options: QemuOptions): string[] {
   ];
 }
 
-function nic({ ip, packed = false, queuePairs = 1, legacy = false }: QemuOptions): string {
+/** QEMU's names of the features of src/ports/offloads.ts. */
+const OFFLOADS = ["csum", "guest_csum", "guest_tso4", "guest_tso6", "guest_ecn", "host_tso4", "host_tso6", "host_ecn"];
+
+function nic({ ip, packed = false, noOffloads = false, queuePairs = 1, legacy = false }: QemuOptions): string {
   const properties = [
     "virtio-net-pci",
     "netdev=nic",
     `mac=${macOf(ip)}`,
     "romfile=",
     `packed=${packed ? "on" : "off"}`,
+    ...(noOffloads ? OFFLOADS.map((offload) => `${offload}=off`) : []),
   ];
   if (queuePairs > 1) properties.push("mq=on", `vectors=${2 * queuePairs + 2}`);
   if (legacy) properties.push("disable-modern=on", "disable-legacy=off");
