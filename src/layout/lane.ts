@@ -3,7 +3,8 @@
  *
  *   0x000000  lane state: the two virtqueues, counters, a frame to inject
  *   0x001000  source extents, 0x00a000 destination extents: guest physical ranges -> (segment, offset)
- *   0x014000  source, 0x015000 destination: the page with the virtqueue's inflight header, where there is one
+ *   0x014000  source, 0x015000 destination: the page with the virtqueue's inflight header, where there is one. It is a
+ *             page of a front-end's file, mapped: the core writes the header and never reads it
  *   0x020000  source pieces: the transmit chain being carried, validated and translated
  *   0x130000  destination pieces: the receive chains it goes to
  *   0x240000  merged chains: which receive chains those are, and how much goes into each

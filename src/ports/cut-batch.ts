@@ -5,20 +5,9 @@
  * of it (assembly/packed.ts). The frames are lost, as a network may lose them; every buffer comes back once. Main thread,
  * before a lane runs on the ring; all is done by the one store at the end, so that being killed here harms nothing either.
  */
-import {
-  DESC_SIZE,
-  PACKED_DESC_FLAGS,
-  PACKED_DESC_ID,
-  PACKED_DESC_LEN,
-  VRING_DESC_F_NEXT,
-  VRING_PACKED_DESC_F_AVAIL,
-  VRING_PACKED_DESC_F_USED,
-} from "../layout/virtio.ts";
-import { advance, positionIndex, positionWrap, unpublished } from "../vhost-user/position.ts";
+import { DESC_SIZE, PACKED_DESC_FLAGS, PACKED_DESC_ID, PACKED_DESC_LEN, VRING_DESC_F_NEXT } from "../layout/virtio.ts";
+import { advance, AVAIL, positionIndex, positionWrap, unpublished, USED } from "../vhost-user/position.ts";
 import { packedFlags } from "./ring-memory.ts";
-
-const AVAIL = 1 << VRING_PACKED_DESC_F_AVAIL;
-const USED = 1 << VRING_PACKED_DESC_F_USED;
 
 /**
  * @param desc the descriptor ring in guest memory

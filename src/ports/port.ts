@@ -5,16 +5,13 @@
  * to do so (`Change`), which parks the lanes meanwhile.
  */
 import type { GuestMemory } from "../memory/guest-memory.ts";
+import type { InflightPlace } from "../vhost-user/device.ts";
+
+export type { InflightPlace };
 
 /** Where a virtqueue area lies in the guest's segments. */
 export interface Area {
   segment: number;
-  offset: bigint;
-}
-
-/** The header of a virtqueue in an inflight region: a multiple of 64 bytes into a memory file. */
-export interface InflightPlace {
-  fd: number;
   offset: bigint;
 }
 

@@ -20,22 +20,26 @@ import {
   INFLIGHT_PACKED_USED_IDX,
   INFLIGHT_PACKED_USED_WRAP,
 } from "../layout/vhost-user.ts";
+import { DESC_SIZE, PACKED_DESC_FLAGS, PACKED_DESC_ID, PACKED_DESC_LEN } from "../layout/virtio.ts";
 import {
-  DESC_SIZE,
-  PACKED_DESC_FLAGS,
-  PACKED_DESC_ID,
-  PACKED_DESC_LEN,
-  VRING_PACKED_DESC_F_AVAIL,
-  VRING_PACKED_DESC_F_USED,
-} from "../layout/virtio.ts";
-import { advance, makePosition, positionIndex, positionWrap, startPosition } from "../vhost-user/position.ts";
+  advance,
+  AVAIL,
+  makePosition,
+  positionIndex,
+  positionWrap,
+  startPosition,
+  USED,
+} from "../vhost-user/position.ts";
 import { InflightFile, type Recovery } from "./inflight-file.ts";
 import type { InflightPlace } from "./port.ts";
-import { packedFlags, storeU16 } from "./ring-memory.ts";
+import { flagsWord, packedFlags, wordsOf } from "./ring-memory.ts";
 
-const LAYOUT = { at: INFLIGHT_PACKED_ENTRIES, bytes: INFLIGHT_PACKED_ENTRY_SIZE, counter: INFLIGHT_PACKED_COUNTER };
-const AVAIL = 1 << VRING_PACKED_DESC_F_AVAIL;
-const USED = 1 << VRING_PACKED_DESC_F_USED;
+const LAYOUT = {
+  at: INFLIGHT_PACKED_ENTRIES,
+  bytes: INFLIGHT_PACKED_ENTRY_SIZE,
+  next: INFLIGHT_PACKED_NEXT,
+  counter: INFLIGHT_PACKED_COUNTER,
+};
 
 /** A state of the header: the first of the free entries, and the position of the next chain to give back. */
 interface Header {
@@ -74,10 +78,7 @@ export function recoverPacked(place: InflightPlace, size: number, desc: DataView
 
 /** Makes the part a new one. Its free entries are all of them, in their order; the list ends behind the last. */
 function begin(file: InflightFile, size: number, position: number): number {
-  for (let index = 0; index < size; index++) {
-    file.clear(index);
-    file.copy.setUint16(file.entry(index) + INFLIGHT_PACKED_NEXT, index + 1, true);
-  }
+  file.setAllFree(size);
   file.writeEntries();
   const header = { free: 0, position };
   writeHeader(file, header, header);
@@ -110,13 +111,16 @@ function isAvailable(desc: DataView, slot: number, wrap: number): boolean {
 
 /** The chains in flight, oldest first, or why the entries make no sense. Entries in the list of free ones are not in flight. */
 function readChains(file: InflightFile, size: number, free: number): Chain[] | string {
+  const marked = file.inFlight(size);
+  if (marked.length === 0) return [];
   for (let index = free, i = 0; index < size && i < size; i++) {
-    if (file.isInFlight(index)) file.clear(index);
-    index = file.copy.getUint16(file.entry(index) + INFLIGHT_PACKED_NEXT, true);
+    file.clear(index);
+    index = file.next(index);
   }
   const chains: Chain[] = [];
   let slots = 0;
-  for (const head of file.inFlight(size)) {
+  for (const head of marked) {
+    if (!file.isInFlight(head)) continue;
     const last = file.copy.getUint16(file.entry(head) + INFLIGHT_PACKED_LAST, true);
     const count = file.copy.getUint16(file.entry(head) + INFLIGHT_PACKED_NUM, true);
     slots += count;
@@ -135,32 +139,33 @@ function readChains(file: InflightFile, size: number, free: number): Chain[] | s
 function giveBack(file: InflightFile, size: number, desc: DataView, old: Header, chains: readonly Chain[]): number {
   if (chains.length === 0) return old.position;
   const header = { ...old };
-  const writes: (() => void)[] = [];
-  for (const { head, last, id, slots } of chains) {
-    const first = header.position;
-    writes.push(() => giveBackChain(desc, size, first, slots, id));
-    file.copy.setUint16(file.entry(last) + INFLIGHT_PACKED_NEXT, header.free, true);
+  const positions: number[] = [];
+  for (const { head, last, slots } of chains) {
+    positions.push(header.position);
+    file.setNext(last, header.free);
     header.free = head;
     header.position = advance(header.position, slots, size);
   }
   file.writeEntries();
   writeHeader(file, header, old);
-  for (const write of writes.toReversed()) write();
+  const words = wordsOf(desc);
+  for (let i = chains.length - 1; i >= 0; i--) {
+    giveBackChain(desc, words, size, positions[i] as number, chains[i] as Chain);
+  }
   for (const { head } of chains) file.clear(head);
   file.writeEntries();
   writeHeader(file, header, header);
   return header.position;
 }
 
-/** The used descriptor of a chain of which nothing was written, last slot first. */
-function giveBackChain(desc: DataView, size: number, first: number, slots: number, id: number): void {
+/** The used descriptor of a chain of which nothing was written, last slot first. `words` are those of `desc`. */
+function giveBackChain(desc: DataView, words: Uint16Array, size: number, first: number, { id, slots }: Chain): void {
   const at = positionIndex(first) * DESC_SIZE;
   desc.setUint16(at + PACKED_DESC_ID, id, true);
   desc.setUint32(at + PACKED_DESC_LEN, 0, true);
   for (let slot = slots - 1; slot >= 0; slot--) {
     const position = advance(first, slot, size);
-    const flags = positionWrap(position) === 1 ? AVAIL | USED : 0;
-    storeU16(desc, positionIndex(position) * DESC_SIZE + PACKED_DESC_FLAGS, flags);
+    Atomics.store(words, flagsWord(positionIndex(position)), positionWrap(position) === 1 ? AVAIL | USED : 0);
   }
 }
 

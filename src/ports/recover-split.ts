@@ -16,23 +16,28 @@ import {
 import { USED_ENTRY_ID, USED_ENTRY_LEN, USED_ENTRY_SIZE, USED_IDX, USED_RING } from "../layout/virtio.ts";
 import { InflightFile, type Recovery } from "./inflight-file.ts";
 import type { InflightPlace } from "./port.ts";
-import { storeU16 } from "./ring-memory.ts";
+import { wordsOf } from "./ring-memory.ts";
 
-const LAYOUT = { at: INFLIGHT_SPLIT_ENTRIES, bytes: INFLIGHT_SPLIT_ENTRY_SIZE, counter: INFLIGHT_SPLIT_COUNTER };
+const LAYOUT = {
+  at: INFLIGHT_SPLIT_ENTRIES,
+  bytes: INFLIGHT_SPLIT_ENTRY_SIZE,
+  next: INFLIGHT_SPLIT_NEXT,
+  counter: INFLIGHT_SPLIT_COUNTER,
+};
 const INDEX_MASK = 0xffff;
 
 /**
+ * Where nothing is in flight, in a fresh region too, the ring goes on at its used index.
  * @param used the used area in guest memory
- * @param base where the ring goes on if the region is fresh
  * @throws ProtocolError when the region cannot be used at all; it is as it was
  */
-export function recoverSplit(place: InflightPlace, size: number, used: DataView, base: number): Recovery {
+export function recoverSplit(place: InflightPlace, size: number, used: DataView): Recovery {
   const file = new InflightFile(place, size, LAYOUT);
   const usedIndex = used.getUint16(USED_IDX, true);
   if (file.isFresh) {
     file.setU16(INFLIGHT_SPLIT_USED_IDX, usedIndex);
     file.setInUse(size);
-    return { position: base };
+    return { position: usedIndex };
   }
   const complaint = clearUsed(file, size, usedIndex);
   if (complaint !== undefined) for (const head of file.inFlight(size)) file.clear(head);
@@ -50,7 +55,7 @@ function clearUsed(file: InflightFile, size: number, usedIndex: number): string 
   for (let i = 0; i < count; i++) {
     if (head >= size) return `entry ${head} in the inflight region's last batch, there are ${size}`;
     file.clear(head);
-    head = file.copy.getUint16(file.entry(head) + INFLIGHT_SPLIT_NEXT, true);
+    head = file.next(head);
   }
   return undefined;
 }
@@ -60,8 +65,9 @@ function giveBack(file: InflightFile, size: number, used: DataView, usedIndex: n
   const heads = file.inFlight(size);
   if (heads.length === 0) return usedIndex;
   let last = file.copy.getUint16(INFLIGHT_SPLIT_LAST_BATCH_HEAD, true);
-  for (const [i, head] of heads.entries()) {
-    file.copy.setUint16(file.entry(head) + INFLIGHT_SPLIT_NEXT, last, true);
+  for (let i = 0; i < heads.length; i++) {
+    const head = heads[i] as number;
+    file.setNext(head, last);
     last = head;
     const entry = USED_RING + (((usedIndex + i) & INDEX_MASK) % size) * USED_ENTRY_SIZE;
     used.setUint32(entry + USED_ENTRY_ID, head, true);
@@ -70,7 +76,7 @@ function giveBack(file: InflightFile, size: number, used: DataView, usedIndex: n
   file.writeEntries();
   file.setU16(INFLIGHT_SPLIT_LAST_BATCH_HEAD, last);
   const next = (usedIndex + heads.length) & INDEX_MASK;
-  storeU16(used, USED_IDX, next);
+  Atomics.store(wordsOf(used), USED_IDX >> 1, next);
   for (const head of heads) file.clear(head);
   file.writeEntries();
   file.setU16(INFLIGHT_SPLIT_USED_IDX, next);

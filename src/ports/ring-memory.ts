@@ -16,12 +16,18 @@ export function areaView(memory: GuestMemory, { segment, offset }: Area, sizeByt
 
 /** A copy of the flags of every descriptor of a packed ring. */
 export function packedFlags(desc: DataView): Uint16Array {
-  return Uint16Array.from({ length: desc.byteLength / DESC_SIZE }, (_, slot) =>
-    desc.getUint16(slot * DESC_SIZE + PACKED_DESC_FLAGS, true),
-  );
+  const words = wordsOf(desc);
+  const flags = new Uint16Array(desc.byteLength / DESC_SIZE);
+  for (let slot = 0; slot < flags.length; slot++) flags[slot] = words[flagsWord(slot)] as number;
+  return flags;
 }
 
-/** Stores 16 bits where the driver may look at any time: all before it is visible before it. */
-export function storeU16(view: DataView, at: number, value: number): void {
-  Atomics.store(new Uint16Array(view.buffer, view.byteOffset + at, 1), 0, value);
+/** The 16-bit words of an area. Store with Atomics where the driver may look: all before it is visible before it. */
+export function wordsOf(area: DataView): Uint16Array {
+  return new Uint16Array(area.buffer, area.byteOffset, area.byteLength >> 1);
+}
+
+/** Which of the words of a packed ring has the flags of a slot. */
+export function flagsWord(slot: number): number {
+  return (slot * DESC_SIZE + PACKED_DESC_FLAGS) >> 1;
 }

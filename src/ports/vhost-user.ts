@@ -231,9 +231,7 @@ export class VhostUserPort implements GuestPort, Device {
     const recovery =
       inflight &&
       this.#orComplain(() =>
-        isPacked
-          ? recoverPacked(inflight, vring.size, desc, vring.base)
-          : recoverSplit(inflight, vring.size, used, vring.base),
+        isPacked ? recoverPacked(inflight, vring.size, desc, vring.base) : recoverSplit(inflight, vring.size, used),
       );
     if (recovery) {
       vring.base = recovery.position;

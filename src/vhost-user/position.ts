@@ -1,7 +1,7 @@
 /**
  * Positions in a packed ring, and from which one a ring goes on.
  *
- * Truth: virtio 1.3, 2.8.1 (wrap counters) and 2.8.21; docs/PROTOCOL.md, 5 ("where a packed ring goes on"). A position
+ * Truth: virtio 1.3, 2.8.1 (wrap counters) and 2.8.21; docs/PROTOCOL.md, 5 ("Where a ring goes on"). A position
  * is a slot and the wrap counter there, index | wrap << 15; a ring begins at slot 0 with wrap counter 1. Pure functions
  * of numbers: the holder copies the flags out of guest memory once.
  */
@@ -13,6 +13,10 @@ import {
 
 const WRAP = 1 << VRING_PACKED_EVENT_F_WRAP_CTR;
 const INDEX_MASK = WRAP - 1;
+
+/** The flags of a descriptor that say, by the wrap counter, whether it is available and whether it is used. */
+export const AVAIL = 1 << VRING_PACKED_DESC_F_AVAIL;
+export const USED = 1 << VRING_PACKED_DESC_F_USED;
 
 /** Where a ring begins. */
 export const FIRST_POSITION = WRAP;
@@ -71,7 +75,7 @@ export function startPosition(base: number, flags: Uint16Array): number {
 export function readPosition(flags: Uint16Array): number | undefined {
   const starts = [0];
   for (let slot = 1; slot < flags.length && starts.length <= RUNS_MAX; slot++) {
-    if (usedBit(flags, slot) !== usedBit(flags, slot - 1)) starts.push(slot);
+    if ((((flags[slot] as number) ^ (flags[slot - 1] as number)) & USED) !== 0) starts.push(slot);
   }
   if (starts.length > RUNS_MAX) return undefined;
   let shortest = Number.POSITIVE_INFINITY;
@@ -79,7 +83,7 @@ export function readPosition(flags: Uint16Array): number | undefined {
   const size = flags.length;
   // The slot of the position begins a run, or ends one if it alone is missing from a batch as long as the ring.
   for (const start of new Set(starts.flatMap((slot) => [slot, (slot + size - 1) % size]))) {
-    const candidate = makePosition(start, 1 - usedBit(flags, start));
+    const candidate = makePosition(start, ((flags[start] as number) & USED) === 0 ? 1 : 0);
     const batch = unpublished(candidate, flags);
     if (batch < shortest) [shortest, position] = [batch, candidate];
   }
@@ -95,30 +99,29 @@ const RUNS_MAX = 4;
  */
 export function unpublished(position: number, flags: Uint16Array): number {
   const size = flags.length;
-  const index = positionIndex(position);
-  const isMarked = (distance: number) => {
-    const slot = (index + distance) % size;
-    return usedBit(flags, slot) === positionWrap(advance(position, distance, size));
-  };
-  const isOffered = (distance: number) => {
-    const slot = (index + distance) % size;
-    return availBit(flags, slot) === positionWrap(advance(position, distance, size));
-  };
-  if (isMarked(0)) return Number.POSITIVE_INFINITY;
-  let marked = 1;
-  while (marked < size && isMarked(marked)) marked++;
-  for (let distance = marked; distance < size; distance++) if (isMarked(distance)) return Number.POSITIVE_INFINITY;
-  let offered = 0;
-  while (offered < size && isOffered(offered)) offered++;
-  for (let distance = offered; distance < size; distance++) if (isOffered(distance)) return Number.POSITIVE_INFINITY;
+  if (find(flags, USED, position, 0, true) === 0) return Number.POSITIVE_INFINITY;
+  const marked = find(flags, USED, position, 1, false);
+  const offered = find(flags, AVAIL, position, 0, false);
+  // Behind them there are no others.
+  if (find(flags, USED, position, marked, true) < size) return Number.POSITIVE_INFINITY;
+  if (find(flags, AVAIL, position, offered, true) < size) return Number.POSITIVE_INFINITY;
   if (marked === 1) return 0;
   return marked <= offered ? marked : Number.POSITIVE_INFINITY;
 }
 
-function availBit(flags: Uint16Array, slot: number): 0 | 1 {
-  return (((flags[slot] ?? 0) >> VRING_PACKED_DESC_F_AVAIL) & 1) as 0 | 1;
-}
-
-function usedBit(flags: Uint16Array, slot: number): 0 | 1 {
-  return (((flags[slot] ?? 0) >> VRING_PACKED_DESC_F_USED) & 1) as 0 | 1;
+/**
+ * How far from a position, `from` slots or more, the first slot is at which a flag is as the wrap counter there, or is not
+ * (`isAsWrap`); the ring's size if there is none.
+ */
+function find(flags: Uint16Array, flag: number, position: number, from: number, isAsWrap: boolean): number {
+  const size = flags.length;
+  const index = positionIndex(position);
+  const wrap = positionWrap(position) === 1 ? flag : 0;
+  for (let distance = from; distance < size; distance++) {
+    const slot = index + distance;
+    // Behind the ring's end the wrap counter is the other one.
+    const bit = slot < size ? (flags[slot] as number) : ~(flags[slot - size] as number);
+    if (((bit & flag) === wrap) === isAsWrap) return distance;
+  }
+  return size;
 }
