@@ -98,21 +98,19 @@ describe.each([
           ? fc.record({ type: fc.constant("post" as const), length: fc.constant(50), parts: fc.constant(1), bad })
           : fc.record({ type: fc.constant("post" as const), length: fc.constant(150), parts, bad }),
       );
-    const steps: fc.Arbitrary<Step[]> = fc
-      .boolean()
-      .chain((merged) =>
-        fc.array(
-          fc.oneof(
-            { weight: 8, arbitrary: chain(merged) },
-            {
-              weight: 2,
-              arbitrary: fc.record({ type: fc.constant("poll" as const), budget: fc.constantFrom(1, 2, 64) }),
-            },
-            { weight: 2, arbitrary: fc.constant(reap) },
-          ),
-          { minLength: 10, maxLength: 30, size: "max" },
+    const steps: fc.Arbitrary<Step[]> = fc.boolean().chain((merged) =>
+      fc.array(
+        fc.oneof(
+          { weight: 8, arbitrary: chain(merged) },
+          {
+            weight: 2,
+            arbitrary: fc.record({ type: fc.constant("poll" as const), budget: fc.constantFrom(1, 2, 64) }),
+          },
+          { weight: 2, arbitrary: fc.constant(reap) },
         ),
-      );
+        { minLength: 10, maxLength: 30, size: "max" },
+      ),
+    );
     const size = fc.constantFrom(4, 5, 8, 11);
     const sketch = (packed: boolean) =>
       fc.tuple(size, fc.nat(30)).map(([size, at]) => ring(packed, packed ? size : 2 ** Math.ceil(Math.log2(size)), at));
