@@ -20,6 +20,8 @@ export type AddressSpace = "userAddress" | "gpa";
 interface TableEntry extends RegionRecord {
   /** Device and inode: what tells the same file from another once the fd is closed. */
   file: string;
+  /** How often it was added: so often it must be removed. */
+  times: number;
 }
 
 export class MemoryTable {
@@ -45,20 +47,30 @@ export class MemoryTable {
     checkRange(index, "mmap offset", region.mmapOffset, region.sizeBytes);
     checkAlignment(index, region);
     for (const other of this.#entries) checkOverlap(index, region, other);
-    return new MemoryTable([...this.#entries, { ...region, file: checkedFile(index, region, fd) }]);
+    return new MemoryTable([...this.#entries, { ...region, file: checkedFile(index, region, fd), times: 1 }]);
+  }
+
+  /** This table with a region counted once more that is in it already; undefined if that very one is not. */
+  again({ fd, ...region }: MemoryRegion): MemoryTable | undefined {
+    const known = this.#entries.find((entry) => isSameRegion(entry, region) && entry.file === fileOf(fd));
+    return known && this.#replace(known, { ...known, times: known.times + 1 });
   }
 
   /** This table less one region, which is known by everything but its mmap offset. @throws ProtocolError if it is not there */
   without({ gpa, sizeBytes, userAddress }: RegionRecord): MemoryTable {
-    const others = this.#entries.filter(
-      (entry) => entry.gpa !== gpa || entry.sizeBytes !== sizeBytes || entry.userAddress !== userAddress,
+    const known = this.#entries.find(
+      (entry) => entry.gpa === gpa && entry.sizeBytes === sizeBytes && entry.userAddress === userAddress,
     );
-    if (others.length === this.#entries.length) {
+    if (known === undefined) {
       throw new ProtocolError(
         `there is no region at gpa ${hex(gpa)} of ${hex(sizeBytes)} bytes, user address ${hex(userAddress)}`,
       );
     }
-    return new MemoryTable(others);
+    return this.#replace(known, known.times > 1 ? { ...known, times: known.times - 1 } : undefined);
+  }
+
+  #replace(known: TableEntry, by: TableEntry | undefined): MemoryTable {
+    return new MemoryTable(this.#entries.flatMap((entry) => (entry === known ? (by ?? []) : entry)));
   }
 
   get size(): number {
@@ -74,14 +86,7 @@ export class MemoryTable {
   equals(other: MemoryTable): boolean {
     const same = (entry: TableEntry, index: number) => {
       const match = other.#entries[index];
-      return (
-        match !== undefined &&
-        entry.file === match.file &&
-        entry.gpa === match.gpa &&
-        entry.sizeBytes === match.sizeBytes &&
-        entry.userAddress === match.userAddress &&
-        entry.mmapOffset === match.mmapOffset
-      );
+      return match !== undefined && entry.file === match.file && isSameRegion(entry, match);
     };
     return this.#entries.length === other.#entries.length && this.#entries.every(same);
   }
@@ -96,6 +101,20 @@ export class MemoryTable {
     );
     return region && region.gpa + (address - region[space]);
   }
+}
+
+function isSameRegion(one: RegionRecord, other: RegionRecord): boolean {
+  return (
+    one.gpa === other.gpa &&
+    one.sizeBytes === other.sizeBytes &&
+    one.userAddress === other.userAddress &&
+    one.mmapOffset === other.mmapOffset
+  );
+}
+
+function fileOf(fd: number): string {
+  const { dev, ino } = fstatSync(fd, { bigint: true });
+  return `${dev}:${ino}`;
 }
 
 /** The end of a range must be an address too. */
@@ -144,7 +163,7 @@ function checkedFile(index: number, { mmapOffset, sizeBytes }: RegionRecord, fd:
       `region ${index} ends at byte ${hex(mmapOffset + sizeBytes)} of a file of ${hex(stat.size)} bytes`,
     );
   }
-  return `${stat.dev}:${stat.ino}`;
+  return fileOf(fd);
 }
 
 export function hex(value: bigint): string {

@@ -124,7 +124,13 @@ export class SessionState {
     await this.#changeTable(table, (vrings) => this.device.setMemory(regions, vrings));
   }
 
+  /** QEMU before 8 adds and removes each region once a queue pair: what was added n times is gone when it was removed n times. */
   async addMemory(region: MemoryRegion): Promise<void> {
+    const again = this.#table.again(region);
+    if (again) {
+      this.#table = again;
+      return;
+    }
     if (this.#table.size >= MEM_SLOTS_MAX)
       throw new ProtocolError(`there are ${MEM_SLOTS_MAX} regions, the most taken`);
     const table = this.#table.plus(region);
@@ -133,7 +139,9 @@ export class SessionState {
   }
 
   async removeMemory(region: RegionRecord): Promise<void> {
-    await this.#changeTable(this.#table.without(region), () => this.device.removeMemory(region.gpa));
+    const table = this.#table.without(region);
+    if (table.equals(this.#table)) this.#table = table;
+    else await this.#changeTable(table, () => this.device.removeMemory(region.gpa));
   }
 
   /** Gives a ring its size or its addresses; a kicked ring starts if it is complete now. */

@@ -121,6 +121,8 @@ export class Model {
   protocol = 0n;
   status = 0;
   regions: Region[] = [];
+  /** Regions that were added although they were there. */
+  repeats: Region[] = [];
   inflight: { bytes: bigint; offset: bigint; queues: number; entries: number } | undefined;
   announcements = 0;
   readonly rings: Ring[] = Array.from({ length: RINGS }, () => ({
@@ -408,7 +410,9 @@ const RULES = new Map<number, Rule>([
           regions.push(model.checkRegion(regionAt(payload, 8 + 32 * i, fd), regions));
         }
         const isSame = isDeepEqual(regions, model.regions);
-        if (!isSame) model.setMemory(regions);
+        if (isSame) return;
+        model.setMemory(regions);
+        model.repeats = [];
       },
     },
   ],
@@ -578,8 +582,12 @@ const RULES = new Map<number, Rule>([
       gate: SLOTS,
       obey(model, { payload, fds }) {
         refuseIf(fds.length !== 1);
-        const region = model.checkRegion(regionAt(payload, 8, fds[0] as FdName), model.regions);
-        model.setMemory([...model.regions, region]);
+        // "readonly" is memory0's file, opened otherwise
+        const [fd] = fds as [FdName];
+        const added = regionAt(payload, 8, fd);
+        const again = { ...added, file: fd === "readonly" ? "memory0" : fd };
+        if (model.regions.some((each) => isDeepEqual(each, again))) model.repeats.push(added);
+        else model.setMemory([...model.regions, model.checkRegion(added, model.regions)]);
       },
     },
   ],
@@ -591,11 +599,13 @@ const RULES = new Map<number, Rule>([
       gate: SLOTS,
       obey(model, { payload }) {
         const { gpa, sizeBytes, userAddress } = regionAt(payload, 8, "memory0");
-        const others = model.regions.filter(
-          (each) => each.gpa !== gpa || each.sizeBytes !== sizeBytes || each.userAddress !== userAddress,
-        );
+        const isOther = (each: Region) =>
+          each.gpa !== gpa || each.sizeBytes !== sizeBytes || each.userAddress !== userAddress;
+        const others = model.regions.filter(isOther);
         refuseIf(others.length === model.regions.length);
-        model.setMemory(others);
+        const repeat = model.repeats.findIndex((each) => !isOther(each));
+        if (repeat >= 0) model.repeats.splice(repeat, 1);
+        else model.setMemory(others);
       },
     },
   ],
