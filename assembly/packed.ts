@@ -22,7 +22,6 @@ import {
   VRING_PACKED_DESC_F_USED,
 } from "../src/layout/virtio.ts";
 import {
-  INFLIGHT_PACKED_USED,
   VRING_DESC,
   VRING_DESC_SEGMENT,
   VRING_FLAGS,
@@ -34,6 +33,7 @@ import {
   VRING_SIZE,
   VRING_UNDECIDED,
 } from "../src/layout/lane.ts";
+import { INFLIGHT_PACKED_USED_IDX } from "../src/layout/vhost-user.ts";
 import {
   CHAIN_BROKEN,
   CHAIN_NONE,
@@ -217,11 +217,11 @@ export function publishPacked<E>(): void {
   const before = load<u32>(vring, VRING_PUBLISHED);
   const next = load<u32>(vring, VRING_NEXT_USED);
   const inflight = <usize>load<u32>(vring, VRING_INFLIGHT);
-  if (inflight) store<u64>(inflight, inflightUsed(next, before), INFLIGHT_PACKED_USED);
+  if (inflight) store<u64>(inflight, inflightUsed(next, before), INFLIGHT_PACKED_USED_IDX);
   const at = load<u64>(vring, VRING_DESC) + <u64>(before & 0x7fff) * DESC_SIZE + PACKED_DESC_LEN;
   atomicStore64(end<E>(), load<u32>(vring, VRING_DESC_SEGMENT), at, load<u64>(vring, VRING_HELD));
   store<u32>(vring, next, VRING_PUBLISHED);
-  if (inflight) store<u64>(inflight, inflightUsed(next, next), INFLIGHT_PACKED_USED);
+  if (inflight) store<u64>(inflight, inflightUsed(next, next), INFLIGHT_PACKED_USED_IDX);
 }
 
 /** used_idx, old_used_idx, used_wrap, old_used_wrap of an inflight header. */

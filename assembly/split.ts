@@ -18,7 +18,6 @@ import {
   VRING_DESC_F_WRITE,
 } from "../src/layout/virtio.ts";
 import {
-  INFLIGHT_SPLIT_USED_IDX,
   VRING_AVAIL,
   VRING_AVAIL_SEGMENT,
   VRING_DESC,
@@ -33,6 +32,7 @@ import {
   VRING_USED,
   VRING_USED_SEGMENT,
 } from "../src/layout/lane.ts";
+import { INFLIGHT_SPLIT_USED_IDX } from "../src/layout/vhost-user.ts";
 import {
   CHAIN_BROKEN,
   CHAIN_READY,

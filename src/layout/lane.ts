@@ -107,9 +107,6 @@ export const EXTENT_SEGMENT = 24; // u32
 export const SOURCE_INFLIGHT = 0x1_4000;
 export const DESTINATION_INFLIGHT = 0x1_5000;
 export const INFLIGHT_PAGE_BYTES = 4096;
-// The header: split u16 used_idx; packed u16 used_idx, u16 old_used_idx, u8 used_wrap, u8 old_used_wrap
-export const INFLIGHT_SPLIT_USED_IDX = 14;
-export const INFLIGHT_PACKED_USED = 16;
 
 // Pieces: contiguous stretches of guest memory
 export const SOURCE_PIECES = 0x2_0000;
