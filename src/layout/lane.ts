@@ -8,15 +8,17 @@
  *   0x020000  source pieces: the transmit chain being carried, validated and translated
  *   0x130000  destination pieces: the receive chains it goes to
  *   0x240000  merged chains: which receive chains those are, and how much goes into each
+ *   0x280000  requests to the kernel, of a lane with a file at one end: src/layout/requests.ts
  *
- * No guest byte lies in here but the headers of a frame that is being segmented. The control plane writes state and extents only while the poller has parked the lane;
+ * No guest byte lies in here but the headers of a frame that is being segmented, and frames on their way to or from a file that
+ * do not fit the usual way. The control plane writes state and extents only while the poller has parked the lane;
  * counters may be read at any time. Plain constants only: asc, tsc, Node and vitest import this same file.
  *
  * A *position* is a place in the order of a ring's chains: of a split ring an avail or used index, mod 2^16; of a packed
  * one index | wrap << 15, as SET_VRING_BASE has it.
  */
 
-export const LANE_PAGES = 40; // of 64 KiB
+export const LANE_PAGES = 107; // of 64 KiB
 
 // The two virtqueues: the source end's transmitq, the destination end's receiveq
 export const SOURCE_VRING = 0x100;
@@ -54,6 +56,7 @@ export const VRING_BROKEN = 32; // the core stopped it: the driver broke the for
 export const VRING_FRESH = 64; // just started: the used index is still to be taken from guest memory
 export const VRING_SINK = 128; // no virtqueue at all: swallows every frame (null port)
 export const VRING_PACKED = 256;
+export const VRING_FILE = 512; // no virtqueue: this end is a file, frames pass through requests (src/layout/requests.ts)
 
 // VRING_OFFLOADS
 export const OFFLOAD_CSUM = 1; // of a transmitq VIRTIO_NET_F_CSUM, of a receiveq VIRTIO_NET_F_GUEST_CSUM
