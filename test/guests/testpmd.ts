@@ -23,6 +23,8 @@ export interface TestpmdOptions {
   readonly queueSize?: number;
   /** Longest frame the ports take; longer ones than an mbuf (2048 bytes of data) are chains. */
   readonly maxFrameBytes?: number;
+  /** CPUs it may run on, such as `1` or `0-3`; default: all. */
+  readonly cpus?: string;
   /** More arguments of testpmd itself. */
   readonly args?: readonly string[];
 }
@@ -56,7 +58,7 @@ export class Testpmd implements AsyncDisposable {
 
   private constructor(options: TestpmdOptions) {
     const { sockets, queueSize = 1024, queuePairs = 1, maxFrameBytes = 1518, args = [] } = options;
-    const cpus = `0-${availableParallelism() - 1}`;
+    const { cpus = `0-${availableParallelism() - 1}` } = options;
     // without stdbuf, what it prints would lag behind its prompt
     const command = "stdbuf -o0 dpdk-testpmd";
     const eal = `--lcores=0@${cpus},1@${cpus} --no-huge -m 256 --no-pci --no-shconf --no-telemetry`;
