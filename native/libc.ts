@@ -17,16 +17,20 @@ export function errno(): number {
 }
 
 /** The errno values callers branch on. */
-export const { EINTR, EAGAIN, ENOENT, ECONNREFUSED } = koffi.os.errno as Record<string, number> & {
+export const { EINTR, EAGAIN, ENOENT, ECONNREFUSED, ENOBUFS } = koffi.os.errno as Record<string, number> & {
   EINTR: number;
   EAGAIN: number;
   ENOENT: number;
   ECONNREFUSED: number;
+  ENOBUFS: number;
 };
 
-/** An error for the call that just failed. @param context what was attempted, with values */
-export function systemError(syscall: string, context: string): SystemError {
-  const number = errno();
+/**
+ * An error for the call that just failed.
+ * @param context what was attempted, with values
+ * @param number its errno, if it was told in another way
+ */
+export function systemError(syscall: string, context: string, number = errno()): SystemError {
   return new SystemError(syscall, number, errnoNames.get(number) ?? `E${number}`, context);
 }
 

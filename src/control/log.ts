@@ -46,6 +46,21 @@ function describe(event: RelayEvent): { subject: string; text: string } {
       return { subject: event.port, text: `cannot take a connection: ${reasonOf(event.error)}` };
     case "refusal":
       return { subject: event.port, text: `refused ${event.request}: ${event.error.message}` };
+    case "up":
+      return { subject: event.port, text: `interface ${event.name} is up` };
+    case "down":
+      return {
+        subject: event.port,
+        text: `interface ${event.name} is down and carries nothing; ip link set dev ${event.name} up`,
+      };
+    case "gone":
+      return { subject: event.port, text: `interface ${event.name} was deleted; nothing is carried any more` };
+    case "moved":
+      return { subject: event.port, text: `interface ${event.name} is in another network namespace now` };
+    case "mtu":
+      return { subject: event.port, text: `interface ${event.name} has an MTU of ${event.mtu} bytes now` };
+    case "fault":
+      return { subject: event.port, text: `interface ${event.name}: ${event.error.message}` };
     case "broken":
       return { subject: event.port, text: `virtqueue ${event.virtqueue} stopped: the guest's driver broke its format` };
     case "trapped":

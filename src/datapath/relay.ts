@@ -4,6 +4,7 @@
 import { ConfigError } from "../errors.ts";
 import { isGuestPort, type AnyPort, type GuestPort } from "../ports/port.ts";
 import { parsePort } from "../ports/spec.ts";
+import type { TapEvent } from "../ports/tap.ts";
 import { VhostUserPort } from "../ports/vhost-user.ts";
 import type { SocketAddress } from "../vhost-user/endpoint.ts";
 import type { ServerEvent } from "../vhost-user/server.ts";
@@ -36,6 +37,7 @@ export interface RelayOptions {
 
 export type RelayEvent =
   | ({ port: string } & ServerEvent)
+  | ({ port: string } & TapEvent)
   | { type: "broken"; lane: string; port: string; virtqueue: number }
   | { type: "trapped"; lane: string; reason: string }
   /** A poller died; the relay cannot go on. */
@@ -141,6 +143,7 @@ export class Relay implements AsyncDisposable {
   }
 
   #makePort(spec: Spec): AnyPort {
+    if (spec.kind === "tap") throw new ConfigError(`port "${spec.text}": links do not carry to tap ports yet`);
     if (spec.kind !== "vhost-user") return { kind: spec.kind, spec: spec.text };
     return new VhostUserPort({
       ...spec,

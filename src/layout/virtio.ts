@@ -97,6 +97,9 @@ export const VIRTIO_F_VERSION_1 = 32;
 export const VIRTIO_F_RING_PACKED = 34;
 export const VIRTIO_F_IN_ORDER = 35;
 export const VIRTIO_F_RING_RESET = 40;
+export const VIRTIO_NET_F_GUEST_USO4 = 54;
+export const VIRTIO_NET_F_GUEST_USO6 = 55;
+export const VIRTIO_NET_F_HOST_USO = 56;
 
 // struct virtio_net_config: u8 mac[6], le16 status, le16 max_virtqueue_pairs, le16 mtu, then fields that are not served
 export const NET_CONFIG_MAC = 0;

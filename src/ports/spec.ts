@@ -6,11 +6,16 @@ import type { SocketAddress } from "../vhost-user/endpoint.ts";
 
 export const PORT_SYNTAX =
   "vhost-user:PATH|fd=N[,connect][,queues=N][,queue-unit=pairs|vrings][,mac=MAC][,mtu=N][,guest-announce]" +
-  "[,memory-max=SIZE] | loopback | null";
+  "[,memory-max=SIZE] | tap:NAME|new|fd=N[,fd=N]...[,bridge=NAME][,queues=N][,mtu=N][,io=io_uring|aio|rw] | " +
+  "loopback | null";
 /** Queue pairs of one vhost-user port (ring indexes are 8 bits wide in SET_VRING_KICK). */
 const QUEUE_PAIRS_MAX = 128;
 /** sun_path of struct sockaddr_un, less the final zero. */
 const SOCKET_PATH_MAX = 107;
+/** IFNAMSIZ, less the final zero. */
+const INTERFACE_NAME_MAX = 15;
+const FD_MAX = 0x7fff_ffff;
+const METHODS = ["io_uring", "aio", "rw"] as const;
 /** What the segments of a guest hold. */
 export const MEMORY_MAX_BYTES = BigInt(SEGMENTS_MAX * SEGMENT_PAGES) * 65536n;
 const SIZE_UNITS: Record<string, bigint> = { "": 1n, K: 1n << 10n, M: 1n << 20n, G: 1n << 30n };
@@ -31,7 +36,21 @@ export interface VhostUserSpec {
   memoryMaxBytes?: bigint;
 }
 
-type PortSpec = VhostUserSpec | { kind: "loopback" | "null"; text: string };
+export interface TapSpec {
+  kind: "tap";
+  text: string;
+  /** Of this name, made if it is not there; opened by somebody else, one fd a queue; or made, and named by the kernel. */
+  interface: { name: string } | { fds: number[] } | "new";
+  /** Name of the bridge to join. */
+  bridge?: string;
+  /** Queues of the interface; without it as many as the other port has queue pairs. */
+  queuePairs?: number;
+  mtu?: number;
+  /** How its queues are read and written; without it the best way that works here. */
+  io?: (typeof METHODS)[number];
+}
+
+type PortSpec = VhostUserSpec | TapSpec | { kind: "loopback" | "null"; text: string };
 
 /** @throws ConfigError saying what is wrong with the text and what would be right */
 export function parsePort(text: string): PortSpec {
@@ -43,6 +62,8 @@ export function parsePort(text: string): PortSpec {
     switch (kind) {
       case "vhost-user":
         return vhostUser(text, address, options);
+      case "tap":
+        return tap(text, address, options);
       case "loopback":
       case "null":
         if (address || options.length > 0) throw new ConfigError(`${kind} takes neither address nor options`);
@@ -55,15 +76,24 @@ export function parsePort(text: string): PortSpec {
   }
 }
 
-/** What each option of a vhost-user port does. Throws a ConfigError without the port's text. */
-const OPTIONS: Record<string, (port: VhostUserSpec, value: string | undefined) => void> = {
+/** What each option of a kind of port does. Throws a ConfigError without the port's text. */
+type Options<Port> = Record<string, (port: Port, value: string | undefined) => void>;
+
+const SHARED_OPTIONS: Options<VhostUserSpec | TapSpec> = {
+  queues(port, value) {
+    port.queuePairs = number("queues", value, 1, QUEUE_PAIRS_MAX, "of queue pairs ");
+  },
+  mtu(port, value) {
+    port.mtu = number("mtu", value, MTU_MIN, MTU_MAX);
+  },
+};
+
+const VHOST_USER_OPTIONS: Options<VhostUserSpec> = {
+  ...SHARED_OPTIONS,
   connect(port, value) {
     if (value !== undefined) throw new ConfigError("connect takes no value");
     if ("fd" in port.socket) throw new ConfigError("connect dials a path; an fd is open already");
     port.socket.connect = true;
-  },
-  queues(port, value) {
-    port.queuePairs = number("queues", value, 1, QUEUE_PAIRS_MAX, "of queue pairs ");
   },
   "queue-unit"(port, value) {
     if (value !== "pairs" && value !== "vrings") throw new ConfigError(`queue-unit=${value} must be pairs or vrings`);
@@ -71,9 +101,6 @@ const OPTIONS: Record<string, (port: VhostUserSpec, value: string | undefined) =
   },
   mac(port, value) {
     port.mac = macAddress(value ?? "");
-  },
-  mtu(port, value) {
-    port.mtu = number("mtu", value, MTU_MIN, MTU_MAX);
   },
   "guest-announce"(port, value) {
     if (value !== undefined) throw new ConfigError("guest-announce takes no value");
@@ -83,6 +110,35 @@ const OPTIONS: Record<string, (port: VhostUserSpec, value: string | undefined) =
     port.memoryMaxBytes = size("memory-max", value ?? "");
   },
 };
+
+const TAP_OPTIONS: Options<TapSpec> = {
+  ...SHARED_OPTIONS,
+  fd(port, value) {
+    const { interface: wanted } = port;
+    if (typeof wanted !== "object" || !("fds" in wanted))
+      throw new ConfigError("fd= does not go with a name: write tap:fd=3,fd=4");
+    const fd = number("fd", value, 0, FD_MAX);
+    if (wanted.fds.includes(fd)) throw new ConfigError(`fd=${fd} is given twice; each queue needs one of its own`);
+    wanted.fds.push(fd);
+  },
+  bridge(port, value) {
+    port.bridge = interfaceName(value ?? "", "br0");
+  },
+  io(port, value) {
+    const method = METHODS.find((name) => name === value);
+    if (!method) throw new ConfigError(`io=${value ?? ""} must be one of ${METHODS.join(", ")}`);
+    port.io = method;
+  },
+};
+
+function setOptions<Port>(port: Port, table: Options<Port>, options: string[]): Port {
+  for (const option of options) {
+    const [name = "", value] = option.split("=", 2);
+    if (!Object.hasOwn(table, name)) throw new ConfigError(`unknown option "${option}"; a port is ${PORT_SYNTAX}`);
+    table[name]?.(port, value);
+  }
+  return port;
+}
 
 function vhostUser(text: string, address: string, options: string[]): VhostUserSpec {
   const port: VhostUserSpec = {
@@ -94,18 +150,36 @@ function vhostUser(text: string, address: string, options: string[]): VhostUserS
     mac: undefined,
     mtu: undefined,
   };
-  for (const option of options) {
-    const [name = "", value] = option.split("=", 2);
-    if (!Object.hasOwn(OPTIONS, name)) throw new ConfigError(`unknown option "${option}"; a port is ${PORT_SYNTAX}`);
-    OPTIONS[name]?.(port, value);
-  }
+  return setOptions(port, VHOST_USER_OPTIONS, options);
+}
+
+function tap(text: string, address: string, options: string[]): TapSpec {
+  const [name, fd] = address.split("=", 2);
+  const isFd = name === "fd" && fd !== undefined;
+  const wanted = isFd ? { fds: [] } : address === "new" ? "new" : { name: interfaceName(address, "tap:tap0") };
+  const port: TapSpec = { kind: "tap", text, interface: wanted };
+  setOptions(port, TAP_OPTIONS, isFd ? [address, ...options] : options);
+  if (isFd && port.queuePairs !== undefined)
+    throw new ConfigError("queues= does not go with fd=: each fd is one queue");
   return port;
+}
+
+/** What the kernel takes for a name (dev_valid_name); `%` would be a pattern. */
+function interfaceName(name: string, example: string): string {
+  if (name === "") throw new ConfigError(`the name of an interface is missing; write ${example}`);
+  if (Buffer.byteLength(name) > INTERFACE_NAME_MAX)
+    throw new ConfigError(
+      `an interface's name has at most ${INTERFACE_NAME_MAX} bytes, "${name}" ${Buffer.byteLength(name)}`,
+    );
+  if (/[\s/:%]/.test(name) || name === "." || name === "..")
+    throw new ConfigError(`"${name}" is no name for an interface: no blanks, "/", ":", "%"`);
+  return name;
 }
 
 /** A path called fd=3 can be written ./fd=3. */
 function socketAddress(address: string): SocketAddress {
   const [name, fd] = address.split("=", 2);
-  if (name === "fd" && fd !== undefined) return { fd: number("fd", fd, 0, 0x7fff_ffff) };
+  if (name === "fd" && fd !== undefined) return { fd: number("fd", fd, 0, FD_MAX) };
   if (!address) throw new ConfigError("the socket path is missing; write vhost-user:/run/vm.sock");
   const length = Buffer.byteLength(address);
   if (length > SOCKET_PATH_MAX) {

@@ -1,9 +1,10 @@
-/** The numbers of src/layout/virtio.ts against the kernel's own headers, through a few lines of C. */
+/** The numbers of src/layout/virtio.ts and tun.ts against the kernel's own headers, through a few lines of C. */
 import { spawnSync } from "node:child_process";
 import { existsSync, mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect, test } from "vitest";
+import * as tun from "../../src/layout/tun.ts";
 import * as virtio from "../../src/layout/virtio.ts";
 
 const HEADERS = [
@@ -12,6 +13,12 @@ const HEADERS = [
   "linux/virtio_config.h",
   "linux/vhost_types.h",
   "linux/if_ether.h",
+  "linux/ioctl.h",
+  "linux/sockios.h",
+  "linux/if.h",
+  "linux/filter.h",
+  "linux/if_tun.h",
+  "linux/rtnetlink.h",
 ];
 
 /** What each constant is in C. */
@@ -55,6 +62,20 @@ const inC: Record<string, string> = {
   NET_CONFIG_SIZE: "offsetof(struct virtio_net_config, speed)", // the first field that is not served
   MTU_MIN: "ETH_MIN_MTU",
   MTU_MAX: "ETH_MAX_MTU",
+  IFREQ_SIZE: "sizeof(struct ifreq)",
+  IFREQ_FLAGS: "offsetof(struct ifreq, ifr_flags)",
+  IFREQ_HWADDR: "offsetof(struct ifreq, ifr_hwaddr.sa_data)",
+  SOCK_FPROG_SIZE: "sizeof(struct sock_fprog)",
+  SOCK_FPROG_FILTER: "offsetof(struct sock_fprog, filter)",
+  SOCK_FILTER_SIZE: "sizeof(struct sock_filter)",
+  BPF_RET_K: "BPF_RET | BPF_K",
+  NLA_TYPE_MASK: "0xffff & NLA_TYPE_MASK",
+  NLMSG_TYPE: "offsetof(struct nlmsghdr, nlmsg_type)",
+  NLMSG_FLAGS: "offsetof(struct nlmsghdr, nlmsg_flags)",
+  IFINFOMSG_SIZE: "sizeof(struct ifinfomsg)",
+  IFINFOMSG_INDEX: "offsetof(struct ifinfomsg, ifi_index)",
+  IFINFOMSG_FLAGS: "offsetof(struct ifinfomsg, ifi_flags)",
+  IFINFOMSG_CHANGE: "offsetof(struct ifinfomsg, ifi_change)",
 };
 
 /** What no kernel header says, with where it is said instead. */
@@ -64,6 +85,11 @@ const elsewhere: Record<string, string> = {
   VHOST_USER_F_PROTOCOL_FEATURES: "QEMU docs/interop/vhost-user.rst: bit 30",
   RECEIVEQ: "virtio 1.3, 5.1.2: receiveq1 is virtqueue 0",
   TRANSMITQ: "virtio 1.3, 5.1.2: transmitq1 is virtqueue 1",
+  VIRTIO_NET_F_GUEST_USO4: "virtio 1.3, 5.1.3: bit 54; headers before Linux 6.2 lack it",
+  VIRTIO_NET_F_GUEST_USO6: "virtio 1.3, 5.1.3: bit 55; headers before Linux 6.2 lack it",
+  VIRTIO_NET_F_HOST_USO: "virtio 1.3, 5.1.3: bit 56; headers before Linux 6.2 lack it",
+  TUN_F_USO4: "linux/if_tun.h since Linux 6.2: 0x20",
+  TUN_F_USO6: "linux/if_tun.h since Linux 6.2: 0x40",
 };
 
 /** The value in C of each expression; a string says why there is none. */
@@ -85,8 +111,13 @@ function evaluate(expressions: readonly string[]): number[] | string {
   }
 }
 
-test("every constant of src/layout/virtio.ts is the kernel's", (context) => {
-  const names = Object.keys(virtio).filter((name) => !(name in elsewhere));
+const files: [string, Record<string, number>][] = [
+  ["virtio.ts", virtio],
+  ["tun.ts", tun],
+];
+
+test.for(files)("every constant of src/layout/%s is the kernel's", ([, constants], context) => {
+  const names = Object.keys(constants).filter((name) => !(name in elsewhere));
   // names that the headers spell the same
   const result = evaluate(names.map((name) => inC[name] ?? name));
   if (typeof result === "string") {
@@ -95,19 +126,23 @@ test("every constant of src/layout/virtio.ts is the kernel's", (context) => {
     return;
   }
   const expected = Object.fromEntries(names.map((name, i) => [name, result[i]]));
-  const actual = Object.fromEntries(Object.entries(virtio).filter(([name]) => !(name in elsewhere)));
+  const actual = Object.fromEntries(Object.entries(constants).filter(([name]) => !(name in elsewhere)));
   expect(actual).toEqual(expected);
 });
 
-test("the constants that no header has are what the specifications say", () => {
-  const { VRING_SIZE_MAX, PACKED_EVENT_ALIGN, VHOST_USER_F_PROTOCOL_FEATURES, RECEIVEQ, TRANSMITQ } = virtio;
+test("the constants that not every header has are what is said elsewhere", () => {
   const said = {
     VRING_SIZE_MAX: 32_768,
     PACKED_EVENT_ALIGN: 4,
     VHOST_USER_F_PROTOCOL_FEATURES: 30,
     RECEIVEQ: 0,
     TRANSMITQ: 1,
+    VIRTIO_NET_F_GUEST_USO4: 54,
+    VIRTIO_NET_F_GUEST_USO6: 55,
+    VIRTIO_NET_F_HOST_USO: 56,
+    TUN_F_USO4: 0x20,
+    TUN_F_USO6: 0x40,
   };
-  expect({ VRING_SIZE_MAX, PACKED_EVENT_ALIGN, VHOST_USER_F_PROTOCOL_FEATURES, RECEIVEQ, TRANSMITQ }).toEqual(said);
+  expect({ ...virtio, ...tun }).toMatchObject(said);
   expect(Object.keys(said)).toEqual(Object.keys(elsewhere));
 });
