@@ -15,7 +15,9 @@ const SOCKET_PATH_MAX = 107;
 /** IFNAMSIZ, less the final zero. */
 const INTERFACE_NAME_MAX = 15;
 const FD_MAX = 0x7fff_ffff;
-const METHODS = ["io_uring", "aio", "rw"] as const;
+/** How the queues of an interface may be read and written, the best one first. */
+export const TAP_METHODS = ["io_uring", "aio", "rw"] as const;
+export type TapMethod = (typeof TAP_METHODS)[number];
 /** What the segments of a guest hold. */
 export const MEMORY_MAX_BYTES = BigInt(SEGMENTS_MAX * SEGMENT_PAGES) * 65536n;
 const SIZE_UNITS: Record<string, bigint> = { "": 1n, K: 1n << 10n, M: 1n << 20n, G: 1n << 30n };
@@ -47,7 +49,7 @@ export interface TapSpec {
   queuePairs?: number;
   mtu?: number;
   /** How its queues are read and written; without it the best way that works here. */
-  io?: (typeof METHODS)[number];
+  io?: TapMethod;
 }
 
 type PortSpec = VhostUserSpec | TapSpec | { kind: "loopback" | "null"; text: string };
@@ -125,8 +127,8 @@ const TAP_OPTIONS: Options<TapSpec> = {
     port.bridge = interfaceName(value ?? "", "br0");
   },
   io(port, value) {
-    const method = METHODS.find((name) => name === value);
-    if (!method) throw new ConfigError(`io=${value ?? ""} must be one of ${METHODS.join(", ")}`);
+    const method = TAP_METHODS.find((name) => name === value);
+    if (!method) throw new ConfigError(`io=${value ?? ""} must be one of ${TAP_METHODS.join(", ")}`);
     port.io = method;
   },
 };

@@ -19,6 +19,8 @@ import {
   VIRTIO_NET_F_HOST_TSO6,
   VIRTIO_NET_F_HOST_USO,
 } from "../layout/virtio.ts";
+import { LANE_PAGES } from "../layout/lane.ts";
+import { openRequestQueue, type RefusedMethod, type RequestMethod } from "../../native/request-queue.ts";
 import { close } from "../../native/libc.ts";
 import {
   changeInterface,
@@ -28,12 +30,15 @@ import {
   type NetworkInterface,
 } from "../../native/network-interface.ts";
 import { adoptTap, openTap, setAttached, setDeaf, setOffloads, writeFrame, type TapQueues } from "../../native/tun.ts";
-import type { TapSpec } from "./spec.ts";
+import type { Change, FilePort } from "./port.ts";
+import { TAP_METHODS, type TapSpec } from "./spec.ts";
 
 export type TapEvent =
   /** Brought up or down; while it is down it takes and gives no frames. Gone: deleted. Moved: to another network namespace. */
   | { type: "up" | "down" | "gone" | "moved"; name: string }
   | { type: "mtu"; name: string; mtu: number }
+  /** How its queues will be read and written, and why not in a better way. */
+  | { type: "method"; name: string; method: RequestMethod; refused: RefusedMethod[] }
   /** The kernel refused what follow() asked for. */
   | { type: "fault"; name: string; error: Error };
 
@@ -57,17 +62,17 @@ interface TapOptions extends TapSpec {
   onEvent: (event: TapEvent) => void;
 }
 
-export class TapPort {
+export class TapPort implements FilePort {
   readonly kind = "tap";
   readonly spec: string;
-  /** How the user wants the queues to be read and written; undefined: the best way that works. */
-  readonly method: TapSpec["io"];
   readonly #options: TapOptions;
   #tap: TapQueues = { name: "", address: "", fds: [], isMultiQueue: false };
   #state: "up" | "down" | "gone" = "down";
   #mtu: number | undefined;
+  #methods: readonly RequestMethod[];
   #index = 0;
   #watch: Disposable | undefined;
+  #change: Change = () => Promise.resolve();
   /** TUN_F_* that the kernel can be told of. */
   #known = 0;
   /** TUN_F_* that it was told of last. */
@@ -77,7 +82,7 @@ export class TapPort {
   constructor(options: TapOptions) {
     this.#options = options;
     this.spec = options.text;
-    this.method = options.io;
+    this.#methods = options.io === undefined ? TAP_METHODS : [options.io];
   }
 
   /** Of the interface, once it is open. */
@@ -102,6 +107,11 @@ export class TapPort {
     return this.#mtu;
   }
 
+  /** The ways to read and write the queues: once it is open, the best one that works here, and those after it. */
+  get methods(): readonly RequestMethod[] {
+    return this.#methods;
+  }
+
   /** "up" too if it is in another network namespace: nobody knows. */
   get state(): "up" | "down" | "gone" {
     return this.#state;
@@ -109,9 +119,11 @@ export class TapPort {
 
   /**
    * Opens or creates the interface, sets it up, and begins to watch it. No queue is in use until follow() says so.
+   * @param change for news that lanes must know of: another MTU or state
    * @throws ConfigError, SystemError; what was opened is closed then, and what was created gone
    */
-  open(): void {
+  open(change: Change): void {
+    this.#change = change;
     const { interface: wanted, queuePairs, bridge } = this.#options;
     const bridgeIndex = bridge === undefined ? undefined : indexOfBridge(bridge);
     const name = typeof wanted === "object" && "name" in wanted ? wanted.name : undefined;
@@ -122,6 +134,7 @@ export class TapPort {
       this.#known = this.#probeOffloads();
       this.#attach([]);
       this.#setUp(bridgeIndex, isThere);
+      this.#chooseMethod();
     } catch (error) {
       this.close();
       throw error;
@@ -193,6 +206,16 @@ export class TapPort {
     this.#offloads = offloads;
   }
 
+  /** Tries the methods out, for a moment, and says which one it will be. @throws SystemError if none works */
+  #chooseMethod(): void {
+    const memory = new WebAssembly.Memory({ initial: LANE_PAGES, maximum: LANE_PAGES, shared: true });
+    const target = { memory, fd: this.#tap.fds[0] as number, direction: "receive" as const };
+    const { queue, refused } = openRequestQueue(target, this.#methods);
+    queue.close();
+    this.#methods = this.#methods.slice(refused.length);
+    this.#options.onEvent({ type: "method", name: this.name, method: queue.method, refused });
+  }
+
   #probeOffloads(): number {
     const fd = this.#tap.fds[0] as number;
     const known = [OFFLOADS | USO, OFFLOADS, 0].find((offloads) => takesOffloads(fd, offloads)) ?? 0;
@@ -216,7 +239,7 @@ export class TapPort {
     if (mtu !== undefined && mtu !== found.mtu) change.mtu = mtu;
     if (master !== undefined && master !== found.master) change.master = master;
     if (!found.isUp) change.isUp = true;
-    if (Object.keys(change).length > 0) this.#change(found, change, isThere);
+    if (Object.keys(change).length > 0) this.#setInterface(found, change, isThere);
     const now = findInterface(found.index) ?? found;
     this.#state = now.isUp ? "up" : "down";
     this.#mtu = now.mtu;
@@ -224,7 +247,7 @@ export class TapPort {
   }
 
   /** An interface that was there already may be left down, if nothing else was asked for. */
-  #change(found: NetworkInterface, change: InterfaceChange, isThere: boolean): void {
+  #setInterface(found: NetworkInterface, change: InterfaceChange, isThere: boolean): void {
     try {
       changeInterface(found.index, change, `setting up ${this.name} (${this.#byHand(change)})`);
     } catch (error) {
@@ -253,19 +276,25 @@ export class TapPort {
       this.#watch = undefined;
       this.#mtu = undefined;
       this.#state = news === "gone" ? "gone" : "up";
-      this.#options.onEvent({ type: news, name: this.name });
+      this.#tellNews({ type: news, name: this.name });
       return;
     }
     this.#tap.name = news.name;
     const state = news.isUp ? "up" : "down";
     if (state !== this.#state) {
       this.#state = state;
-      this.#options.onEvent({ type: state, name: this.name });
+      this.#tellNews({ type: state, name: this.name });
     }
     if (news.mtu !== this.#mtu) {
       this.#mtu = news.mtu;
-      this.#options.onEvent({ type: "mtu", name: this.name, mtu: news.mtu });
+      this.#tellNews({ type: "mtu", name: this.name, mtu: news.mtu });
     }
+  }
+
+  #tellNews(event: TapEvent): void {
+    this.#options.onEvent(event);
+    // A link whose pollers have ended needs no news.
+    this.#change(() => undefined).catch(() => undefined);
   }
 
   /** A queue that cannot be attached is no fault of an interface that is gone; the news may come later than the error. */
