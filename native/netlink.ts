@@ -85,18 +85,20 @@ export function subscribe(
 ): Disposable {
   const fd = netlinkSocket();
   let interest: Disposable | undefined;
-  /** All there is; level-triggered anyway, but an overrun ends the watch, see poll.ts. */
   function read(): void {
-    for (;;) {
+    // whoever is told may dispose
+    while (interest) {
       const received = receive(fd);
       if (received === "empty") return;
-      if (received === "overrun") {
-        interest?.[Symbol.dispose]();
-        interest = watch(fd, { readable: true }, read);
-        onOverrun();
-      } else received.forEach(onMessage);
-      // whoever was told may have disposed
-      if (!interest) return;
+      if (received !== "overrun") {
+        received.forEach(onMessage);
+        continue;
+      }
+      // An error ends the watch, see poll.ts. What is still to be read is older than what was lost.
+      while (receive(fd) !== "empty");
+      interest[Symbol.dispose]();
+      interest = watch(fd, { readable: true }, read);
+      onOverrun();
     }
   }
   try {

@@ -111,6 +111,8 @@ export function adoptTap(fds: readonly number[]): TapQueues {
     setNonBlocking(fd);
     setCloseOnExec(fd);
     setHeaderSize(fd);
+    // The one who had it before may have detached it.
+    if (first.isMultiQueue) ioctl(fd, TUNSETQUEUE, interfaceRequest("", IFF_ATTACH_QUEUE));
   }
   // One that is no longer there may have left its filter, see setDeaf().
   for (const fd of fds) ioctl(fd, TUNDETACHFILTER, null);
@@ -118,8 +120,8 @@ export function adoptTap(fds: readonly number[]): TapQueues {
 }
 
 /**
- * Attaches or detaches a queue of an interface with multi_queue. A detached queue is empty and gets no frames; reads, writes and
- * all other requests of its fd fail with EBADFD.
+ * Attaches or detaches a queue of an interface with multi_queue. A detached queue is empty and gets no frames; its fd takes
+ * frames and requests as before.
  * @throws SystemError EINVAL: it is so already, the interface is gone, or has no multi_queue; E2BIG
  */
 export function setAttached(fd: number, isAttached: boolean): void {
@@ -148,14 +150,14 @@ export function setDeaf(fd: number, isDeaf: boolean): void {
 
 /**
  * Says what the reader of the queues takes (TUN_F_*), for the whole interface. What is queued already stays as it is.
- * @throws SystemError EINVAL: one of them is unknown to this kernel, or needs another one; EBADFD: the queue is detached
+ * @throws SystemError EINVAL: one of them is unknown to this kernel, or needs another one; EBADFD: the interface is gone
  */
 export function setOffloads(fd: number, offloads: number): void {
   const context = `setting the offloads of the interface of fd ${fd} to 0x${offloads.toString(16)}`;
   check(ioctlValue(fd, TUNSETOFFLOAD, offloads), "TUNSETOFFLOAD", context);
 }
 
-/** Gives the interface a frame without any offload. @returns whether it was taken: not if it is down, or the queue detached */
+/** Gives the interface a frame without any offload. @returns whether it was taken: not if it is down */
 export function writeFrame(fd: number, frame: Uint8Array): boolean {
   const bytes = new Uint8Array(NET_HDR_SIZE + frame.length);
   bytes.set(frame, NET_HDR_SIZE);
@@ -188,13 +190,7 @@ function setHeaderSize(fd: number): void {
 /** @throws ConfigError if the fd is no queue that the relay can use */
 function interfaceOf(fd: number): { name: string; isMultiQueue: boolean } {
   const request = Buffer.alloc(IFREQ_SIZE);
-  let result = ioctl(fd, TUNGETIFF, request) as number;
-  if (result < 0 && errnoIs(EBADFD)) {
-    // Detached by the one who had it before.
-    ioctl(fd, TUNSETQUEUE, interfaceRequest("", IFF_ATTACH_QUEUE));
-    result = ioctl(fd, TUNGETIFF, request) as number;
-  }
-  if (result < 0) {
+  if (ioctl(fd, TUNGETIFF, request) < 0) {
     if (errnoIs(EBADF)) throw new ConfigError(`fd ${fd} is not open; was it passed on to this process?`);
     if (errnoIs(EBADFD)) throw new ConfigError(`fd ${fd} is of no interface (any more); TUNSETIFF gives it one`);
     throw new ConfigError(`fd ${fd} is no TAP interface; pass one that was opened from ${DEVICE}`);

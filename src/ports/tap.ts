@@ -90,7 +90,7 @@ export class TapPort implements FilePort {
     return this.#tap.name;
   }
 
-  /** Fds, one for each queue pair, as long as it is open. A detached one (see follow) takes and gives nothing: EBADFD. */
+  /** Fds, one for each queue pair, as long as it is open. One that is not in use (see follow) gives nothing, yet takes frames. */
   get queues(): readonly number[] {
     return this.#tap.fds;
   }
@@ -155,9 +155,8 @@ export class TapPort implements FilePort {
   }
 
   /**
-   * Tells the interface what the guest at the other end takes and which queue pairs it uses. The queue of a pair that is not in
-   * use gets no frames (and can take none), and is empty when it comes into use. Does nothing if nothing changed. Lanes that
-   * use the queues concerned must not run meanwhile.
+   * Tells the interface what the guest at the other end takes, and from which queue pairs. The queue of a pair that is not in use
+   * gets no frames, and is empty when it comes into use; it takes frames as ever. Does nothing if nothing changed.
    * @param features what the guest's driver acknowledged
    */
   follow(features: bigint, isInUse: (pair: number) => boolean): void {
@@ -165,13 +164,11 @@ export class TapPort implements FilePort {
     const pairs = [...this.#tap.fds.keys()].filter(isInUse);
     const offloads = pairs.length === 0 ? 0 : offloadsFor(features) & this.#known;
     try {
-      if ((this.#offloads & ~offloads) !== 0) {
-        // Frames that the guest does not take may be queued: they go with the queues' detaching.
-        this.#tell(0);
-        this.#attach([]);
-      }
-      this.#attach(pairs);
+      const isLess = (this.#offloads & ~offloads) !== 0;
       this.#tell(offloads);
+      // Frames that the guest does not take may be queued: they go with the queues' detaching.
+      if (isLess) this.#attach([]);
+      this.#attach(pairs);
     } catch (error) {
       this.#observeFault(error);
     }
@@ -179,8 +176,7 @@ export class TapPort implements FilePort {
 
   /** Gives the interface a frame (without a net header) as if the guest had sent it; dropped if it does not take it now. */
   inject(frame: Uint8Array): void {
-    const [pair] = this.#attached;
-    const fd = pair === undefined ? undefined : this.#tap.fds[pair];
+    const [fd] = this.#tap.fds;
     if (fd !== undefined) writeFrame(fd, frame);
   }
 
@@ -198,11 +194,9 @@ export class TapPort implements FilePort {
     for (const pair of this.#attached) if (!pairs.includes(pair)) set(pair, false);
   }
 
-  /** The kernel can be told by a queue that is attached only; when none is, it knows of no offloads. */
   #tell(offloads: number): void {
     if (offloads === this.#offloads) return;
-    const [pair = 0] = this.#attached;
-    setOffloads(this.#tap.fds[pair] as number, offloads);
+    setOffloads(this.#tap.fds[0] as number, offloads);
     this.#offloads = offloads;
   }
 
