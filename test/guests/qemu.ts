@@ -27,6 +27,8 @@ export interface QemuOptions extends GuestOptions {
   readonly legacy?: boolean;
   /** QEMU listens on `socket`, and starts the guest when the back-end has come. Otherwise it dials, again every second. */
   readonly listen?: boolean;
+  /** Name of a TAP interface for QEMU's own back-end to make, in the place of vhost-user; `socket` is not used then. */
+  readonly tap?: string;
   /** How far plugMemory() may take the guest's memory. */
   readonly memoryMaxMiB?: number;
 }
@@ -107,11 +109,18 @@ function machine(options: QemuOptions): string[] {
       "-kernel": kernel.image,
       "-initrd": buildInitramfs(kernel.modules),
       "-append": parameters.join(" "),
-      "-chardev": `socket,id=nic,path=${options.socket},${options.listen ? "server=on" : "reconnect=1"}`,
-      "-netdev": `vhost-user,id=nic,chardev=nic,queues=${queuePairs}`,
+      ...backEnd(options),
       "-device": nic(options),
     }).flat(),
   ];
+}
+
+function backEnd({ socket, listen, tap, queuePairs = 1 }: QemuOptions): Record<string, string> {
+  if (tap !== undefined) return { "-netdev": `tap,id=nic,ifname=${tap},script=no,downscript=no` };
+  return {
+    "-chardev": `socket,id=nic,path=${socket},${listen ? "server=on" : "reconnect=1"}`,
+    "-netdev": `vhost-user,id=nic,chardev=nic,queues=${queuePairs}`,
+  };
 }
 
 /** QEMU's names of the features of src/ports/offloads.ts. */
