@@ -111,11 +111,7 @@ export function adoptTap(fds: readonly number[]): TapQueues {
     setNonBlocking(fd);
     setCloseOnExec(fd);
     setHeaderSize(fd);
-    // The one who had it before may have detached it.
-    if (first.isMultiQueue) ioctl(fd, TUNSETQUEUE, interfaceRequest("", IFF_ATTACH_QUEUE));
   }
-  // One that is no longer there may have left its filter, see setDeaf().
-  for (const fd of fds) ioctl(fd, TUNDETACHFILTER, null);
   return { ...first, address: addressOf(fds[0] as number), fds: [...fds] };
 }
 
@@ -187,7 +183,7 @@ function setHeaderSize(fd: number): void {
   );
 }
 
-/** @throws ConfigError if the fd is no queue that the relay can use */
+/** Attaches the queue, if it was detached. @throws ConfigError if the fd is no queue that the relay can use */
 function interfaceOf(fd: number): { name: string; isMultiQueue: boolean } {
   const request = Buffer.alloc(IFREQ_SIZE);
   if (ioctl(fd, TUNGETIFF, request) < 0) {
@@ -199,9 +195,22 @@ function interfaceOf(fd: number): { name: string; isMultiQueue: boolean } {
   const name = nameIn(request);
   if ((flags & IFF_TAP) === 0)
     throw new ConfigError(`fd ${fd}: ${name} is a TUN interface; it must be TAP, opened with IFF_TAP`);
-  const isRight = (flags & IFF_NO_PI) !== 0 && (flags & IFF_VNET_HDR) !== 0;
-  if (!isRight) throw new ConfigError(`fd ${fd}: ${name} must be opened with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`);
+  if ((flags & IFF_DETACH_QUEUE) !== 0) setAttached(fd, true);
+  if (!hasNoPacketInfo(fd) || (flags & IFF_VNET_HDR) === 0)
+    throw new ConfigError(`fd ${fd}: ${name} must be opened with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`);
   return { name, isMultiQueue: (flags & IFF_MULTI_QUEUE) !== 0 };
+}
+
+/**
+ * Whether it was opened with IFF_NO_PI. TUNGETIFF says so if there is a filter only: without one the same bit says that
+ * (IFF_NOFILTER). Leaves no filter, not even one of those who had the queue before.
+ */
+function hasNoPacketInfo(fd: number): boolean {
+  const request = Buffer.alloc(IFREQ_SIZE);
+  ioctl(fd, TUNATTACHFILTER, dropFilter);
+  ioctl(fd, TUNGETIFF, request);
+  ioctl(fd, TUNDETACHFILTER, null);
+  return (request.readUInt16LE(IFREQ_FLAGS) & IFF_NO_PI) !== 0;
 }
 
 function openDevice(): number {
