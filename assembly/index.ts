@@ -7,9 +7,13 @@
  * with length 0, or a broken ring. Each ring index, head, descriptor and header byte is loaded from guest memory once
  * into a local, checked there and used from there. Every loop over guest data is bounded by the ring size.
  */
+import { awaitBuffers, finishReceive, prepareReceive } from "./file/receive";
+import { awaitFrames, finishSend, prepareSend } from "./file/send";
+import { Destination, Source } from "./guest";
 import { awaitKicks, carryFrames, ignoreKicks } from "./lane/copy";
 import { carryInjected } from "./lane/frame";
 import { forgetExtents } from "./translate";
+import { isFile } from "./vring";
 
 /**
  * Carries at most `budget` frames.
@@ -20,8 +24,24 @@ export function poll(budget: u32, stuck: u32): u32 {
   return carryFrames(budget, stuck != 0);
 }
 
+/**
+ * Of a lane with a file at one end, in place of poll: makes requests to the kernel for at most `budget` frames, which are to be
+ * handed over before finish() is called, in any case.
+ * @returns how many requests
+ */
+export function prepare(budget: u32): u32 {
+  return isFile<Destination>() ? prepareSend(budget) : prepareReceive(budget);
+}
+
+/** Takes what came of the requests. @returns as poll */
+export function finish(): u32 {
+  return isFile<Destination>() ? finishSend() : finishReceive();
+}
+
 /** Before blocking: asks the drivers for kicks. @param stuck as for poll @returns nonzero if there is work after all */
 export function arm(stuck: u32): u32 {
+  if (isFile<Destination>()) return awaitFrames() ? 1 : 0;
+  if (isFile<Source>()) return awaitBuffers() ? 1 : 0;
   return awaitKicks(stuck != 0) ? 1 : 0;
 }
 

@@ -16,7 +16,7 @@ import {
 import { suppressKicks } from "./notify";
 import { advance, batchRoom, givePacked, isOfferedPacked, openPacked, publishPacked, walkPacked } from "./packed";
 import { giveSplit, loadAvailIndex, loadUsedIndex, openSplit, publishSplit, walkSplit } from "./split";
-import { isPacked, vringOf } from "./vring";
+import { isPacked, nextAvail, vringOf } from "./vring";
 
 /** Whether the ring may be touched. A split ring that was just started gets its used index from guest memory first. */
 export function isRunning<E>(): bool {
@@ -39,6 +39,13 @@ export function isOffered<E>(position: u32): bool {
   return isPacked<E>() ? isOfferedPacked<E>(position) : loadAvailIndex<E>() != position;
 }
 
+/** Chains from the next position on, at most `budget`; of a packed ring it is not known yet. @returns -1: the ring makes no sense */
+export function countOffered<E>(budget: u32): i32 {
+  if (isPacked<E>()) return budget;
+  const pending = (loadAvailIndex<E>() - nextAvail<E>()) & 0xffff;
+  return pending > load<u32>(vringOf<E>(), VRING_SIZE) ? -1 : min(pending, budget);
+}
+
 /** Opens the chain at a position; of a split ring one that is known to be offered. @returns CHAIN_READY, _NONE, _BROKEN */
 export function open<E>(position: u32): u32 {
   return isPacked<E>() ? openPacked<E>(position) : openSplit<E>(position);
@@ -49,6 +56,16 @@ export function walk<E>(position: u32, id: u32, address: u64, rest: u64, pieces:
   return isPacked<E>()
     ? walkPacked<E>(position, address, rest, pieces, wanted)
     : walkSplit<E>(id, address, rest, pieces, wanted);
+}
+
+/** Flags of a descriptor, from the word that holds its length. */
+export function flagsOf<E>(rest: u64): u32 {
+  return isPacked<E>() ? <u32>(rest >> 48) : <u32>(rest >> 32) & 0xffff;
+}
+
+/** The id to give a chain of one descriptor back with. @param id as it was opened */
+export function idOf<E>(id: u32, rest: u64): u32 {
+  return isPacked<E>() ? <u32>(rest >> 32) & 0xffff : id;
 }
 
 /** The position behind a chain. */

@@ -3,6 +3,7 @@ import {
   DESTINATION_VRING,
   SOURCE_VRING,
   VRING_BROKEN,
+  VRING_FILE,
   VRING_FLAGS,
   VRING_NEXT_AVAIL,
   VRING_PACKED,
@@ -16,6 +17,11 @@ export function vringOf<E>(): usize {
 
 export function isPacked<E>(): bool {
   return (load<u32>(vringOf<E>(), VRING_FLAGS) & VRING_PACKED) != 0;
+}
+
+/** Whether there is no virtqueue at this end but a file. */
+export function isFile<E>(): bool {
+  return (load<u32>(vringOf<E>(), VRING_FLAGS) & VRING_FILE) != 0;
 }
 
 /** Position of the next chain that will be taken. */

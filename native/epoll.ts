@@ -9,7 +9,9 @@ import { check, close, EINTR, errno, libc, systemError } from "./libc.ts";
 const EPOLL_CLOEXEC = 0o2000000;
 const EPOLL_CTL_ADD = 1;
 const EPOLL_CTL_DEL = 2;
+const EPOLL_CTL_MOD = 3;
 const EPOLLIN = 0x001;
+const EPOLLOUT = 0x004;
 const EPOLLET = 0x8000_0000;
 /** struct epoll_event: u32 events, u64 data; packed on x86-64, padded elsewhere. */
 const DATA_OFFSET = process.arch === "x64" ? 4 : 8;
@@ -25,11 +27,20 @@ export class Epoll {
   readonly #events = Buffer.alloc(EVENT_SIZE * EVENTS_MAX);
   readonly #event = Buffer.alloc(EVENT_SIZE);
 
-  /** Reports each new readiness of `fd` once. An fd that is ready now is reported by the next wait. */
+  /** Reports each time that there is something new to read in `fd`. An fd that is ready now is reported by the next wait. */
   add(fd: number): void {
-    this.#event.writeUInt32LE((EPOLLIN | EPOLLET) >>> 0, 0);
+    this.#control(EPOLL_CTL_ADD, fd, EPOLLIN);
+  }
+
+  /** The same again for an fd that was added, and each time that it takes something to write after it was full. */
+  watchRoom(fd: number): void {
+    this.#control(EPOLL_CTL_MOD, fd, EPOLLIN | EPOLLOUT);
+  }
+
+  #control(operation: number, fd: number, events: number): void {
+    this.#event.writeUInt32LE((events | EPOLLET) >>> 0, 0);
     this.#event.writeUInt32LE(fd, DATA_OFFSET);
-    check(epoll_ctl(this.#fd, EPOLL_CTL_ADD, fd, this.#event), "epoll_ctl", `waiting on fd ${fd}`);
+    check(epoll_ctl(this.#fd, operation, fd, this.#event), "epoll_ctl", `waiting on fd ${fd}`);
   }
 
   remove(fd: number): void {

@@ -93,12 +93,17 @@ export function peekBuffer(next: u32): u32 {
 
 /** Opens the receive chain at a position, if there is one. @returns BUFFERS_READY, _NONE (the lane waits then), _BROKEN */
 export function openBuffer(position: u32): u32 {
+  const found = tryBuffer(position);
+  if (found == BUFFERS_NONE) waitForBuffers(position);
+  return found;
+}
+
+/** The same; the lane does not wait. */
+export function tryBuffer(position: u32): u32 {
   let found: u32 = isPacked<Destination>() ? CHAIN_READY : peekBuffer(position);
   if (found == CHAIN_READY) found = open<Destination>(position);
   if (found == CHAIN_READY) return BUFFERS_READY;
-  if (found == CHAIN_BROKEN) return BUFFERS_BROKEN;
-  waitForBuffers(position);
-  return BUFFERS_NONE;
+  return found == CHAIN_BROKEN ? BUFFERS_BROKEN : BUFFERS_NONE;
 }
 
 /**
@@ -113,8 +118,7 @@ export function collectBuffers(needed: u32, position: u32, id: u32, address: u64
   const walkedBefore = walked;
   let got: u64 = 0;
   let pieces: usize = DESTINATION_PIECES;
-  mergedEnd = MERGED_CHAINS;
-  mergedSlots = 0;
+  beginMerged();
 
   for (let chains: u32 = 0; chains < size; ++chains) {
     if (chains != 0) {
@@ -137,17 +141,12 @@ export function collectBuffers(needed: u32, position: u32, id: u32, address: u64
       setNextAvail<Destination>(position);
       got = 0;
       pieces = DESTINATION_PIECES;
-      mergedEnd = MERGED_CHAINS;
-      mergedSlots = 0;
+      beginMerged();
       continue;
     }
     if (!mergeable && chainBytes < needed) return BUFFERS_TOO_SMALL;
     const written = min(chainBytes, needed - got);
-    store<u16>(mergedEnd, <u16>chainId, MERGED_ID);
-    store<u16>(mergedEnd, <u16>chainSlots, MERGED_SLOTS);
-    store<u32>(mergedEnd, <u32>written, MERGED_WRITTEN);
-    mergedEnd += MERGED_BYTES;
-    mergedSlots += chainSlots;
+    addMerged(<u32>written);
     got += written;
     pieces = piecesEnd;
     if (got == needed) {
@@ -161,7 +160,41 @@ export function collectBuffers(needed: u32, position: u32, id: u32, address: u64
   return BUFFERS_NONE;
 }
 
-/** How many chains collectBuffers() has taken. */
+/** Begins a list of chains by hand. */
+export function beginMerged(): void {
+  mergedEnd = MERGED_CHAINS;
+  mergedSlots = 0;
+}
+
+/** Adds the chain walked last, with so many bytes written to it. */
+export function addMerged(written: u32): void {
+  store<u16>(mergedEnd, <u16>chainId, MERGED_ID);
+  store<u16>(mergedEnd, <u16>chainSlots, MERGED_SLOTS);
+  store<u32>(mergedEnd, written, MERGED_WRITTEN);
+  mergedEnd += MERGED_BYTES;
+  mergedSlots += chainSlots;
+}
+
+/**
+ * Of a list of chains that are written full, keeps the first ones, as many as `written` bytes take.
+ * @param position of the first chain @returns the position behind the last one
+ */
+export function keepMerged(position: u32, written: u32): u32 {
+  mergedSlots = 0;
+  let chain: usize = MERGED_CHAINS;
+  for (; written != 0; chain += MERGED_BYTES) {
+    const part = min(load<u32>(chain, MERGED_WRITTEN), written);
+    const slots = load<u16>(chain, MERGED_SLOTS);
+    store<u32>(chain, part, MERGED_WRITTEN);
+    mergedSlots += slots;
+    position = behind<Destination>(position, slots);
+    written -= part;
+  }
+  mergedEnd = chain;
+  return position;
+}
+
+/** How many chains the list has. */
 export function mergedCount(): u32 {
   return <u32>(mergedEnd - MERGED_CHAINS) / MERGED_BYTES;
 }
@@ -174,8 +207,8 @@ export function giveMerged(): void {
   }
 }
 
-/** Gives back the malformed receive chain walked last and those already taken for the same frame, all with length 0. */
-function returnUnused(): void {
+/** Gives back the malformed receive chain walked last and those of the list, all with length 0. */
+export function returnUnused(): void {
   for (let chain: usize = MERGED_CHAINS; chain < mergedEnd; chain += MERGED_BYTES) {
     const slots = load<u16>(chain, MERGED_SLOTS);
     makeRoom(1, slots);
@@ -187,7 +220,7 @@ function returnUnused(): void {
 }
 
 /** Before more is given back than fits the batch: publishes it, the source first, for no frame may be sent twice. */
-function makeRoom(chains: u32, slots: u32): void {
+export function makeRoom(chains: u32, slots: u32): void {
   if (fits<Destination>(chains, slots)) return;
   publish<Source>();
   publish<Destination>();

@@ -21,15 +21,13 @@ import {
   VRING_ENABLED,
   VRING_FLAGS,
   VRING_SEGMENTS_SENT,
-  VRING_SIZE,
 } from "../../src/layout/lane.ts";
 import { WALK_MAX, walked } from "../chain";
 import { Destination, Source } from "../guest";
 import { requestKick, suppressKicks } from "../notify";
-import { behind, fits, give, isOffered, isRunning, publish } from "../ring";
-import { loadAvailIndex } from "../split";
+import { behind, countOffered, fits, give, isOffered, isRunning, publish } from "../ring";
 import { count } from "../stats";
-import { breakRing, isPacked, nextAvail, setNextAvail } from "../vring";
+import { breakRing, nextAvail, setNextAvail } from "../vring";
 import { isWaiting, stopWaiting, waitingAt } from "./buffers";
 import { carryRun, runBytes, runEnd, skipRun } from "./run";
 import { decideCall } from "./calls";
@@ -62,16 +60,13 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
   if (isWaiting() && !dropWhenStuck && receiving && !isOffered<Destination>(waitingAt())) return POLL_WAITING;
 
   let position = nextAvail<Source>();
-  let limit = budget;
-  if (!isPacked<Source>()) {
-    const pending = (loadAvailIndex<Source>() - position) & 0xffff;
-    if (pending == 0) return isWaiting() ? POLL_WAITING : 0;
-    if (pending > load<u32>(SOURCE_VRING, VRING_SIZE)) {
-      breakRing<Source>();
-      return POLL_BROKE_SOURCE;
-    }
-    limit = min(pending, budget);
+  const offered = countOffered<Source>(budget);
+  if (offered == 0) return isWaiting() ? POLL_WAITING : 0;
+  if (offered < 0) {
+    breakRing<Source>();
+    return POLL_BROKE_SOURCE;
   }
+  const limit = <u32>offered;
 
   let result: u32 = 0;
   const walkedBefore = walked;

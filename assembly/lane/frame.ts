@@ -235,7 +235,8 @@ function drop(reason: usize): u32 {
   return DROPPED;
 }
 
-function breakDestination(): void {
+/** The destination's driver broke the format. */
+export function breakDestination(): void {
   breakRing<Destination>();
   brokeDestination = true;
   receiving = false;
@@ -250,6 +251,16 @@ export function carryInjected(length: u32): u32 {
   beginFrames();
   if (!receiving || length > <u32>INJECT_BYTES_MAX) return 0;
   const waits = isWaiting();
+  const delivered = deliverStored(INJECT_FRAME, length, 0, 0);
+  if (delivered != BUFFERS_READY && !waits) stopWaiting();
+  return finishDestination() | (delivered == BUFFERS_READY ? 1 : 0);
+}
+
+/**
+ * Delivers a frame of memory 0, with a net header of these fields. The destination takes frames.
+ * @returns BUFFERS_*: READY if it was delivered, BROKEN if that broke the ring
+ */
+export function deliverStored(at: usize, length: u32, word: u64, csumOffset: u32): u32 {
   const toHeader = load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE);
   const next = nextAvail<Destination>();
   let collected = openBuffer(next);
@@ -257,12 +268,11 @@ export function carryInjected(length: u32): u32 {
     collected = collectBuffers(toHeader + length, next, openedId, openedAddress, openedRest);
   }
   if (collected == BUFFERS_READY) {
-    storeHeaderPieces(DESTINATION_PIECES, toHeader, 0, 0, mergedCount());
-    storePieces(toHeader, INJECT_FRAME, length);
+    storeHeaderPieces(DESTINATION_PIECES, toHeader, word, csumOffset, mergedCount());
+    storePieces(toHeader, at, length);
     giveMerged();
   } else if (collected == BUFFERS_BROKEN) breakDestination();
-  else if (!waits) stopWaiting();
-  return finishDestination() | (collected == BUFFERS_READY ? 1 : 0);
+  return collected;
 }
 
 /** Whether the destination's receiveq takes frames. */

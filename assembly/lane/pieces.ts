@@ -12,7 +12,7 @@ import {
   PIECE_SEGMENT,
   SOURCE_PIECES,
 } from "../../src/layout/lane.ts";
-import { Destination, Source, copy, end, load8, store8 } from "../guest";
+import { Destination, Source, copy, end, load8, store64, store8 } from "../guest";
 
 /** The source piece found last, how many bytes come before it, and how far into it the place is. */
 export let sourcePiece: usize = SOURCE_PIECES;
@@ -84,13 +84,17 @@ export function copyPieces(toSkip: u32, fromSkip: u32, length: u32): void {
 
 /** Stores `length` bytes of memory 0 to the destination pieces, past the header in front. */
 export function storePieces(toSkip: u32, from: usize, length: u32): void {
-  let to: usize = DESTINATION_PIECES;
-  for (let i: u32 = 0; i < length; ++i, ++toSkip) {
-    while (toSkip >= load<u32>(to, PIECE_LENGTH)) {
-      toSkip -= load<u32>(to, PIECE_LENGTH);
-      to += PIECE_BYTES;
-    }
-    const at = load<u64>(to, PIECE_OFFSET) + toSkip;
-    store8(end<Destination>(), load<u32>(to, PIECE_SEGMENT), at, load<u8>(from + i));
+  for (let to: usize = DESTINATION_PIECES; length != 0; to += PIECE_BYTES) {
+    const room = load<u32>(to, PIECE_LENGTH);
+    const skipped = min(toSkip, room);
+    const part = min(length, room - skipped);
+    const segment = load<u32>(to, PIECE_SEGMENT);
+    const at = load<u64>(to, PIECE_OFFSET) + skipped;
+    let i: u32 = 0;
+    for (; i + 8 <= part; i += 8) store64(end<Destination>(), segment, at + i, load<u64>(from + i));
+    for (; i < part; ++i) store8(end<Destination>(), segment, at + i, load<u8>(from + i));
+    toSkip -= skipped;
+    from += part;
+    length -= part;
   }
 }

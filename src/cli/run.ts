@@ -51,7 +51,7 @@ export async function run(options: RunOptions): Promise<void> {
 function linksOf({ link, socketPath, fd, backend }: RunOptions): [PortText, PortText][] {
   const links = link.map((text): [PortText, PortText] => {
     // Both ends may hold '=' in options (queues=2): the link's own is the one before a port's kind.
-    const parts = /^(.+?)=((?:vhost-user:|loopback$|null$).*)$/.exec(text);
+    const parts = /^(.+?)=((?:vhost-user:|tap:|loopback$|null$).*)$/.exec(text);
     if (!parts?.[1] || !parts[2])
       throw new ConfigError(
         `--link "${text}": write two ports joined by "=", for example vhost-user:/run/a.sock=vhost-user:/run/b.sock`,

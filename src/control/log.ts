@@ -65,9 +65,17 @@ function describe(event: RelayEvent): { subject: string; text: string } {
       return { subject: event.port, text: `virtqueue ${event.virtqueue} stopped: the guest's driver broke its format` };
     case "trapped":
       return { subject: event.lane, text: `stopped by a trap, please report this: ${event.reason}` };
+    case "method":
+      return { subject: event.port, text: `interface ${event.name} is reached by ${methodOf(event)}` };
+    case "refused":
+      return { subject: event.lane, text: `its file is reached by ${methodOf(event)}` };
     case "fatal":
       return { subject: "poller", text: `died: ${reasonOf(event.error)}` };
   }
+}
+
+function methodOf({ method, refused }: { method: string; refused: { method: string; reason: string }[] }): string {
+  return [method, ...refused.map((other) => `not ${other.method}: ${other.reason}`)].join("; ");
 }
 
 function reasonOf(error: unknown): string {

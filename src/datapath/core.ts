@@ -9,6 +9,8 @@ import { VARIANTS } from "./variants.ts";
 /** What the core exports; see assembly/index.ts. */
 export interface Core {
   poll(budget: number, stuck: number): number;
+  prepare(budget: number): number;
+  finish(): number;
   arm(stuck: number): number;
   disarm(): void;
   refresh(): void;

@@ -3,7 +3,7 @@
  *
  * Main thread only. Everything but the counters is written while the poller has parked the lane.
  */
-import { mapAnonymous, mapShared } from "../../native/mman.ts";
+import { baseAddress, mapAnonymous, mapShared } from "../../native/mman.ts";
 import { SystemError } from "../errors.ts";
 import {
   COUNTERS,
@@ -42,6 +42,7 @@ import {
   VRING_BYTES,
   VRING_DESC,
   VRING_DESC_SEGMENT,
+  VRING_FILE,
   VRING_FLAGS,
   VRING_FRESH,
   VRING_HEADER_SIZE,
@@ -56,6 +57,8 @@ import {
   VRING_USED_SEGMENT,
   VRING_WAITING,
 } from "../layout/lane.ts";
+import { HELD_END, HELD_NEXT, MEMORY_BASES, READS_LARGE, READS_NEXT, READ_BYTES_MAX } from "../layout/requests.ts";
+import { NET_HDR_SIZE } from "../layout/virtio.ts";
 import type { Extent } from "../memory/guest-memory.ts";
 import type { InflightPlace, RunningVring } from "../ports/port.ts";
 import { createLaneMemory } from "./core.ts";
@@ -124,6 +127,7 @@ export class Lane {
       this.#starts[end] = vring.start;
       view.setUint32(at + VRING_NEXT_AVAIL, vring.base, true);
       view.setUint32(at + VRING_SEGMENTS_SENT, 0, true);
+      for (const word of [READS_NEXT, READS_LARGE, HELD_NEXT, HELD_END]) view.setUint32(word, 0, true);
     }
     view.setUint32(at + VRING_SIZE, vring.size, true);
     view.setUint32(at + VRING_HEADER_SIZE, vring.headerBytes, true);
@@ -182,6 +186,23 @@ export class Lane {
   /** There is no virtqueue at this end: every frame is taken and forgotten. */
   setSink(): void {
     this.#view.setUint32(DESTINATION_VRING + VRING_FLAGS, VRING_SINK, true);
+  }
+
+  /** There is no virtqueue at this end but a file. */
+  setFile(end: End): void {
+    this.#view.setUint32(VRING_AT[end] + VRING_FLAGS, VRING_FILE, true);
+  }
+
+  /** The largest frame that the file gives: bytes, without a net header. */
+  setFileFrames(bytes: number): void {
+    this.#view.setUint32(READ_BYTES_MAX, NET_HDR_SIZE + bytes, true);
+  }
+
+  /** Where the guest's segments lie in this process: for requests to the kernel. */
+  setBases(segments: readonly WebAssembly.Memory[]): void {
+    for (const [i, memory] of [this.memory, ...segments].entries()) {
+      this.#view.setBigUint64(MEMORY_BASES + 8 * i, baseAddress(memory), true);
+    }
   }
 
   /** Whether the core stopped the virtqueue because its driver broke the format. */

@@ -9,10 +9,37 @@
  * itself runs or not; the poller borrows it for each turn of a follower. So a leader and its followers share a poller.
  */
 import { INJECT_BYTES_MAX, VRING_ENABLED } from "../layout/lane.ts";
-import { RECEIVEQ, TRANSMITQ } from "../layout/virtio.ts";
-import { isGuestPort, type AnyPort, type GuestPort, type RunningVring } from "../ports/port.ts";
+import { FILE_FRAME_BYTES_MAX } from "../layout/requests.ts";
+import {
+  RECEIVEQ,
+  TRANSMITQ,
+  VIRTIO_NET_F_GUEST_TSO4,
+  VIRTIO_NET_F_GUEST_TSO6,
+  VIRTIO_NET_F_GUEST_USO4,
+  VIRTIO_NET_F_GUEST_USO6,
+} from "../layout/virtio.ts";
+import type { GuestMemory } from "../memory/guest-memory.ts";
+import { OFFLOAD_FEATURES } from "../ports/offloads.ts";
+import {
+  isFilePort,
+  isGuestPort,
+  type AnyPort,
+  type FilePort,
+  type GuestPort,
+  type RunningVring,
+} from "../ports/port.ts";
 import { Lane } from "./lane.ts";
-import type { LaneTask, Poller, Pollers, VringFds } from "./poller.ts";
+import type { FileTask, LaneTask, Poller, Pollers, VringFds } from "./poller.ts";
+
+/** A driver that takes one of these takes frames larger than its MTU. */
+const LARGE_FRAMES = [
+  VIRTIO_NET_F_GUEST_TSO4,
+  VIRTIO_NET_F_GUEST_TSO6,
+  VIRTIO_NET_F_GUEST_USO4,
+  VIRTIO_NET_F_GUEST_USO6,
+];
+/** What comes before the MTU's bytes: Ethernet header and two VLAN tags. */
+const LINK_BYTES_MAX = 22;
 
 /** One direction of one queue pair, placed on a poller. */
 export interface PlacedLane {
@@ -22,9 +49,10 @@ export interface PlacedLane {
   /** The poller it is on: its leader's own. */
   poller: Poller;
   ownPoller: Poller;
-  source: GuestPort;
+  /** One of the two ends, at least, is a guest. */
+  source: GuestPort | FilePort;
   /** Undefined: a sink. */
-  destination: GuestPort | undefined;
+  destination: GuestPort | FilePort | undefined;
   /** Whether the poller runs it. */
   running: boolean;
   /** Its code trapped: it is not run again. */
@@ -50,14 +78,24 @@ export class Link {
     this.#newId = newId;
   }
 
+  /** @throws ConfigError, SystemError: what was opened is to be closed by close() */
   async open(): Promise<void> {
+    const change = (apply: () => void) => this.#change(apply);
+    const file = this.#file;
+    // What an interface takes is known once it is open, and is offered to the guest.
+    file?.open(change);
     for (const port of this.ports.filter(isGuestPort)) {
-      await port.open(
-        (apply) => this.#change(apply),
-        (index) => this.#nextAvail(port, index),
-        (frame) => this.#inject(port, frame),
-      );
+      await port.open({
+        change,
+        nextAvail: (index) => this.#nextAvail(port, index),
+        inject: file ? (frame) => file.inject(frame) : (frame) => this.#inject(port, frame),
+        offloads: file?.features ?? OFFLOAD_FEATURES,
+      });
     }
+  }
+
+  get #file(): FilePort | undefined {
+    return this.ports.find(isFilePort);
   }
 
   /** The core broke a virtqueue: a lane without a transmitq runs no more, one without a receiveq follows another. */
@@ -68,6 +106,8 @@ export class Link {
 
   async close(): Promise<void> {
     await Promise.all(this.ports.filter(isGuestPort).map((port) => port.close()));
+    await this.#last;
+    this.#file?.close();
   }
 
   /** One change after the other; a failed one does not hold up the next. */
@@ -88,21 +128,26 @@ export class Link {
       this.#placeLanes();
       for (const placed of this.lanes) writeMemory(placed);
       this.#chooseLeaders();
+      this.#tellFile();
       await Promise.all(this.lanes.map((placed) => this.#run(placed)));
     }
   }
 
   /** Makes the lanes for queue pairs that came into use: one for each direction in which a guest may send. */
   #placeLanes(): void {
-    for (const [end, source] of this.ports.entries()) {
+    for (const [end, port] of this.ports.entries()) {
+      const source = endOf(port);
+      if (!source) continue;
       const other = this.ports[1 - end] as AnyPort;
-      if (!isGuestPort(source)) continue;
-      const destination = other.kind === "loopback" ? source : isGuestPort(other) ? other : undefined;
-      for (let pair = 0; pair < source.queuePairs; pair++) {
-        const used = source.vring(transmitq(pair)) ?? destination?.vring(receiveq(pair));
+      const destination = other.kind === "loopback" ? source : endOf(other);
+      const pairs = isGuestPort(source) ? source.queuePairs : source.queues.length;
+      for (let pair = 0; pair < pairs; pair++) {
+        const used = vringOf(source, transmitq(pair)) ?? vringOf(destination, receiveq(pair));
         if (!used || this.lanes.some((placed) => placed.source === source && placed.pair === pair)) continue;
         const lane = new Lane(`${this.name}/${end === 0 ? "a" : "b"}${pair}`);
         if (!destination) lane.setSink();
+        else if (isFilePort(destination)) lane.setFile("destination");
+        else if (isFilePort(source)) lane.setFile("source");
         const poller = this.#pollers.next();
         this.lanes.push({
           id: this.#newId(),
@@ -121,6 +166,19 @@ export class Link {
     }
   }
 
+  /** Tells the interface at one end what the guest at the other one takes, and which queue pairs it uses. */
+  #tellFile(): void {
+    const guest = this.ports.find(isGuestPort);
+    if (guest) this.#file?.follow(guest.acknowledged, (pair) => this.#pairsInUse().includes(pair));
+  }
+
+  /** Queue pairs of the interface that give frames to a guest; if there are none, those that only take them. */
+  #pairsInUse(): number[] {
+    const receive = this.lanes.filter((placed) => isFilePort(placed.source) && isReceiving(placed));
+    const send = this.lanes.filter(({ source, pair }) => vringOf(source, transmitq(pair)));
+    return (receive.length > 0 ? receive : send).map(({ pair }) => pair);
+  }
+
   /** Lanes whose receiveq does not receive are dealt out to those whose does; if there is none, each keeps its own. */
   #chooseLeaders(): void {
     for (const source of this.ports.filter(isGuestPort)) {
@@ -135,8 +193,8 @@ export class Link {
   /** Has the poller run the lane if there is anything to take frames from. */
   async #run(placed: PlacedLane): Promise<void> {
     const { lane, pair, source, destination, leader } = placed;
-    const transmit = source.vring(transmitq(pair));
-    if (!transmit || lane.isBroken("source") || placed.trapped) return;
+    const transmit = vringOf(source, transmitq(pair));
+    if (placed.trapped || (isFilePort(source) ? !isReceiving(placed) : !transmit || lane.isBroken("source"))) return;
     const { ownPoller, id } = leader ?? placed;
     if (placed.poller !== ownPoller) {
       placed.poller = ownPoller;
@@ -150,14 +208,25 @@ export class Link {
       memories: this.#newMemories(placed),
       receiveq: { lane: id, memory: leader?.lane.memory.buffer },
       source: fdsOf(transmit),
-      destination: fdsOf(destination?.vring(receiveq(receiver(placed)))),
+      destination: fdsOf(vringOf(destination, receiveq(receiver(placed)))),
+      file: this.#fileOf(placed),
     });
+  }
+
+  /** What the lane does with a file, if one of its ends is one. */
+  #fileOf({ pair, source }: PlacedLane): FileTask | undefined {
+    const file = this.#file;
+    if (!file) return undefined;
+    const inUse = this.#pairsInUse().filter((candidate) => candidate < file.queues.length);
+    const queue = inUse.includes(pair) ? pair : (inUse[0] ?? 0);
+    const direction = source === file ? "receive" : "send";
+    return { fd: file.queues[queue] as number, direction, methods: file.methods };
   }
 
   /** The memories to send to the poller; undefined if it has them. */
   #newMemories(placed: PlacedLane): LaneTask["memories"] {
-    const source = placed.source.memory.segments;
-    const destination = (placed.destination ?? placed.source).memory.segments;
+    const source = memoryOf(placed.source, placed.destination).segments;
+    const destination = memoryOf(placed.destination, placed.source).segments;
     const had = placed.memories;
     if (had && had.source.length === source.length && had.destination.length === destination.length) return undefined;
     return (placed.memories = { own: placed.lane.memory, source, destination });
@@ -181,6 +250,11 @@ export class Link {
   }
 }
 
+/** What a lane can have at an end. */
+function endOf(port: AnyPort): GuestPort | FilePort | undefined {
+  return isGuestPort(port) || isFilePort(port) ? port : undefined;
+}
+
 /** The destination's pair that takes the lane's frames. */
 export function receiver({ pair, leader }: PlacedLane): number {
   return leader?.pair ?? pair;
@@ -188,16 +262,41 @@ export function receiver({ pair, leader }: PlacedLane): number {
 
 /** Brings memory 0 up to date with what the ports say. */
 function writeMemory({ lane, pair, source, destination }: PlacedLane): void {
-  lane.setVring("source", source.vring(transmitq(pair)));
-  lane.setExtents("source", source.memory.extents);
-  if (!destination) return;
-  lane.setVring("destination", destination.vring(receiveq(pair)));
-  lane.setExtents("destination", destination.memory.extents);
+  if (isFilePort(source)) lane.setFileFrames(largestFrame(source, destination));
+  else {
+    lane.setVring("source", source.vring(transmitq(pair)));
+    lane.setExtents("source", source.memory.extents);
+  }
+  if (destination && !isFilePort(destination)) {
+    lane.setVring("destination", destination.vring(receiveq(pair)));
+    lane.setExtents("destination", destination.memory.extents);
+  }
+  if (destination && (isFilePort(source) || isFilePort(destination))) {
+    lane.setBases(memoryOf(source, destination).segments);
+  }
+}
+
+/** Bytes of the largest frame that an interface gives the guest. */
+function largestFrame({ mtu }: FilePort, guest: PlacedLane["destination"]): number {
+  const takesLarge =
+    guest !== undefined && isGuestPort(guest) && LARGE_FRAMES.some((bit) => (guest.acknowledged >> BigInt(bit)) & 1n);
+  return mtu === undefined || takesLarge ? FILE_FRAME_BYTES_MAX : Math.min(FILE_FRAME_BYTES_MAX, mtu + LINK_BYTES_MAX);
+}
+
+function vringOf(port: PlacedLane["destination"], index: number): RunningVring | undefined {
+  return port && isGuestPort(port) ? port.vring(index) : undefined;
+}
+
+/** The memory of the guest at one end; that of the other one's where there is none. */
+function memoryOf(port: PlacedLane["destination"], other: PlacedLane["destination"]): GuestMemory {
+  const guest = port && isGuestPort(port) ? port : other;
+  if (!guest || !isGuestPort(guest)) throw new Error("a lane without a guest");
+  return guest.memory;
 }
 
 /** Whether the lane's own receiveq takes frames: it is started, enabled and sound, or there is none at all. */
 function isReceiving({ destination, pair, lane }: PlacedLane): boolean {
-  if (!destination) return true;
+  if (!destination || isFilePort(destination)) return true;
   if (lane.isBroken("destination")) return false;
   return ((destination.vring(receiveq(pair))?.flags ?? 0) & VRING_ENABLED) !== 0;
 }

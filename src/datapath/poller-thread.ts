@@ -8,7 +8,9 @@
 import { receiveMessageOnPort } from "node:worker_threads";
 import { Epoll } from "../../native/epoll.ts";
 import { signalPeer } from "../../native/eventfd.ts";
+import { openRequestQueue, type RequestQueue } from "../../native/request-queue.ts";
 import { nameThread, pinThread } from "../../native/sched.ts";
+import { SystemError } from "../errors.ts";
 import {
   COUNTERS,
   COUNT_KICKS,
@@ -18,6 +20,7 @@ import {
   POLL_CALL_DESTINATION,
   POLL_CALL_SOURCE,
   POLL_COUNT,
+  POLL_FILE_WAITS,
   POLL_PROGRESS,
   POLL_WAITING,
   INJECT_BYTES_MAX,
@@ -32,6 +35,7 @@ import {
   CONTROL_SLEEPS,
   CONTROL_STOP,
   type Command,
+  type FileTask,
   type LaneTask,
   type PollerMessage,
   type PollerTask,
@@ -49,13 +53,21 @@ interface RunningLane {
   id: number;
   core: Core;
   /** Its memory 0. */
-  memory: SharedArrayBuffer;
+  memory: WebAssembly.Memory;
   source: VringFds;
   destination: VringFds;
   kicks: BigUint64Array;
   /** Of a follower: its leader's state of the receiveq, and the place in its own memory 0 where its core wants that. */
   borrowed: { from: BigUint64Array; to: BigUint64Array } | undefined;
   patience: Patience;
+  file: LaneFile | undefined;
+}
+
+/** The file at one end of a lane. */
+interface LaneFile extends FileTask {
+  requests: RequestQueue;
+  /** It is empty, or full: there is nothing to do before epoll says that this has changed. */
+  waits: boolean;
 }
 
 /** How long a receiveq has had no buffers: the same for all lanes that it takes frames of. */
@@ -80,6 +92,9 @@ class PollerThread {
   /** By the lane that has the receiveq's state. */
   readonly #patience = new Map<number, Patience>();
   #lanes: RunningLane[] = [];
+  /** Lanes with a file, and frames moved since it was last looked whether those that wait are ready. */
+  #files: RunningLane[] = [];
+  #unlooked = 0;
   #handled = 0n;
 
   constructor(task: PollerTask) {
@@ -96,6 +111,7 @@ class PollerThread {
     while (Atomics.load(control, CONTROL_STOP) === 0n) {
       let moved = 0;
       for (const lane of this.#lanes) moved += this.#turn(lane);
+      if (this.#files.length !== 0 && this.#lookAtFiles(moved)) moved++;
       if (Atomics.load(control, CONTROL_COMMANDS) !== this.#handled) {
         this.#handleCommands();
       }
@@ -114,14 +130,45 @@ class PollerThread {
       this.#sleep();
       idleSince = 0;
     }
+    for (const { file } of this.#known.values()) file?.requests.close();
     this.#epoll.close();
   }
 
-  /** One turn of one lane. @returns how many transmit chains it took */
+  /** One turn of one lane. @returns how many transmit chains it took, or frames it read */
   #turn(lane: RunningLane): number {
-    const result = this.#call(lane, poll);
+    if (lane.file?.waits) return 0;
+    const result = this.#call(lane, lane.file ? exchange : poll);
+    if (result & POLL_FILE_WAITS) this.#wait(lane);
     if (result > POLL_COUNT || lane.patience.waitingSince !== 0) this.#act(lane, result);
     return result & POLL_COUNT;
+  }
+
+  #wait(lane: RunningLane): void {
+    const file = lane.file as LaneFile;
+    file.waits = true;
+    // A file that is full tells when it is not only to somebody who has asked since.
+    if (file.direction === "send") this.#epoll.watchRoom(file.fd);
+  }
+
+  /** Awake, looks whether files that lanes wait for are ready, once for a batch of frames at most. @returns whether one may be */
+  #lookAtFiles(moved: number): boolean {
+    this.#unlooked += moved;
+    if (moved !== 0 && this.#unlooked < BUDGET) return false;
+    this.#unlooked = 0;
+    if (!this.#files.some(({ file }) => file?.waits)) return false;
+    const ready = this.#epoll.wait(0);
+    this.#takeReady(ready);
+    return ready !== 0;
+  }
+
+  /** What a wait has reported: files are ready, lanes were kicked. */
+  #takeReady(ready: number): void {
+    for (let i = 0; i < ready; i++) {
+      const fd = this.#epoll.ready(i);
+      const kicked = this.#kickOwners.get(fd)?.[0];
+      if (kicked) kicked.kicks[0]!++;
+      for (const { file } of this.#files) if (file?.fd === fd) file.waits = false;
+    }
   }
 
   #act(lane: RunningLane, result: number): void {
@@ -158,9 +205,10 @@ class PollerThread {
     let timeoutMs = -1;
     let work = 0;
     for (const lane of this.#lanes) {
+      if (lane.file?.waits) continue;
       work |= this.#call(lane, arm);
       const { waitingSince, stuck } = lane.patience;
-      if (lane.source.kick === undefined || (waitingSince !== 0 && lane.destination.kick === undefined)) {
+      if (isUnkicked(lane)) {
         timeoutMs = timeoutMs < 0 ? UNKICKED_MS : Math.min(timeoutMs, UNKICKED_MS);
       }
       if (waitingSince !== 0 && !stuck) {
@@ -170,11 +218,7 @@ class PollerThread {
     }
     if (!work) {
       this.#task.control[CONTROL_SLEEPS]!++;
-      const ready = this.#epoll.wait(timeoutMs);
-      for (let i = 0; i < ready; i++) {
-        const kicked = this.#kickOwners.get(this.#epoll.ready(i))?.[0];
-        if (kicked) kicked.kicks[0]!++;
-      }
+      this.#takeReady(this.#epoll.wait(timeoutMs));
     }
     for (const lane of this.#lanes) this.#call(lane, disarm);
     // Lanes that share a receiveq take turns at being the first to see its new buffers.
@@ -200,28 +244,39 @@ class PollerThread {
     this.#handled = Atomics.load(this.#task.control, CONTROL_COMMANDS);
     for (let received; (received = receiveMessageOnPort(this.#task.port));) {
       const command = received.message as Command;
-      if (command.type === "run") this.#run(command.task);
+      if (command.type === "run") this.#tryRun(command.task);
       else if (command.type === "park") this.#park(command.lane);
       else this.#inject(command.lane, command.frame);
       this.#post({ type: "done", sequence: command.sequence });
     }
   }
 
-  #run({ lane: id, memories, receiveq, source, destination }: LaneTask): void {
+  #tryRun(task: LaneTask): void {
+    try {
+      this.#run(task);
+    } catch (error) {
+      // Its file cannot be reached.
+      if (!(error instanceof SystemError)) throw error;
+      this.#post({ type: "trapped", lane: task.lane, reason: error.message });
+    }
+  }
+
+  #run({ lane: id, memories, receiveq, source, destination, file }: LaneTask): void {
     this.#park(id);
     const known = memories
       ? {
           id,
           core: instantiateCore(memories.own, memories.source, memories.destination),
-          memory: memories.own.buffer as SharedArrayBuffer,
+          memory: memories.own,
           kicks: new BigUint64Array(memories.own.buffer, COUNTERS + COUNT_KICKS, 1),
         }
       : (this.#known.get(id) as RunningLane);
     const lane: RunningLane = {
       ...known,
+      file: file && this.#open(file, known, this.#known.get(id)),
       source,
       destination,
-      borrowed: receiveq.memory && { from: receiveqState(receiveq.memory), to: receiveqState(known.memory) },
+      borrowed: receiveq.memory && { from: receiveqState(receiveq.memory), to: receiveqState(known.memory.buffer) },
       patience: this.#patience.get(receiveq.lane) ?? { waitingSince: 0, stuck: 0 },
     };
     this.#patience.set(receiveq.lane, lane.patience);
@@ -235,15 +290,31 @@ class PollerThread {
         this.#kickOwners.set(fd, [lane]);
       }
     }
+    if (lane.file) {
+      this.#files.push(lane);
+      if (!this.#files.some((other) => other !== lane && other.file?.fd === lane.file?.fd))
+        this.#epoll.add(lane.file.fd);
+    }
     this.#call(lane, refresh);
     // A call that was due when the ring changed hands may never have been made; one too many does no harm.
     for (const { call } of [source, destination]) if (call !== undefined) signalPeer(call);
   }
 
+  /** The file of a lane: what it was until now, or opened anew. */
+  #open(task: FileTask, { id, memory }: Pick<RunningLane, "id" | "memory">, before: RunningLane | undefined): LaneFile {
+    const had = before?.file;
+    if (had?.fd === task.fd && before?.memory === memory) return { ...had, waits: false };
+    had?.requests.close();
+    const target = { memory, fd: task.fd, direction: task.direction };
+    const { queue, refused } = openRequestQueue(target, task.methods);
+    if (refused.length > 0) this.#post({ type: "refused", lane: id, refused, method: queue.method });
+    return { ...task, requests: queue, waits: false };
+  }
+
   #inject(id: number, frame: Uint8Array): void {
     const lane = this.#find(id);
     if (!lane) return;
-    new Uint8Array(lane.memory, INJECT_FRAME, INJECT_BYTES_MAX).set(frame);
+    new Uint8Array(lane.memory.buffer, INJECT_FRAME, INJECT_BYTES_MAX).set(frame);
     this.#signal(
       lane,
       this.#call(lane, ({ core }) => core.inject(frame.length)),
@@ -258,6 +329,11 @@ class PollerThread {
     const lane = this.#find(id);
     if (!lane) return;
     this.#lanes = this.#lanes.filter((other) => other !== lane);
+    const { file } = lane;
+    if (file) {
+      this.#files = this.#files.filter((other) => other !== lane);
+      if (!this.#files.some((other) => other.file?.fd === file.fd)) this.#epoll.remove(file.fd);
+    }
     for (const fd of kickFds(lane)) {
       const others = (this.#kickOwners.get(fd) as RunningLane[]).filter((other) => other !== lane);
       if (others.length > 0) this.#kickOwners.set(fd, others);
@@ -275,12 +351,23 @@ class PollerThread {
 
 // What is called of a core
 const poll = (lane: RunningLane): number => lane.core.poll(BUDGET, lane.patience.stuck);
+const exchange = ({ core, file }: RunningLane): number => {
+  const requests = core.prepare(BUDGET);
+  if (requests !== 0) file?.requests.submit(requests);
+  return core.finish();
+};
 const arm = (lane: RunningLane): number => lane.core.arm(lane.patience.stuck);
 const disarm = (lane: RunningLane): number => (lane.core.disarm(), 0);
 const refresh = (lane: RunningLane): number => (lane.core.refresh(), 0);
 
-function receiveqState(memory: SharedArrayBuffer): BigUint64Array {
+function receiveqState(memory: ArrayBufferLike): BigUint64Array {
   return new BigUint64Array(memory, DESTINATION_VRING, VRING_BYTES / 8);
+}
+
+/** Whether a driver may make chains available and tell nobody. */
+function isUnkicked({ source, destination, file, patience }: RunningLane): boolean {
+  if (file?.direction === "receive") return destination.kick === undefined;
+  return source.kick === undefined || (patience.waitingSince !== 0 && destination.kick === undefined);
 }
 
 function kickFds(lane: RunningLane): number[] {

@@ -10,6 +10,7 @@ import { MessageChannel, type MessagePort } from "node:worker_threads";
 import { Piscina } from "piscina";
 import { eventfdCreate, signal } from "../../native/eventfd.ts";
 import { close } from "../../native/libc.ts";
+import type { RefusedMethod, RequestMethod } from "../../native/request-queue.ts";
 import { ConfigError } from "../errors.ts";
 
 export type PollMode = "adaptive" | "busy" | "interrupt";
@@ -35,6 +36,16 @@ export interface LaneTask {
   receiveq: { lane: number; memory: SharedArrayBuffer | undefined };
   source: VringFds;
   destination: VringFds;
+  /** The file that is one of its ends. */
+  file: FileTask | undefined;
+}
+
+export interface FileTask {
+  /** Non-blocking. */
+  fd: number;
+  direction: "send" | "receive";
+  /** Ways to read or write it, to be tried in this order. */
+  methods: readonly RequestMethod[];
 }
 
 export interface VringFds {
@@ -57,6 +68,8 @@ export type PollerMessage =
 export type PollerEvent =
   /** A driver broke the format of its virtqueue; the core stopped it. */
   | { type: "broken"; lane: number; end: "source" | "destination" }
+  /** Its file is not reached in the first of the ways asked for. */
+  | { type: "refused"; lane: number; refused: RefusedMethod[]; method: RequestMethod }
   /** The lane's code trapped: our bug. It is parked for good. */
   | { type: "trapped"; lane: number; reason: string };
 

@@ -1,10 +1,12 @@
 /**
  * The relay: links, their ports and the pollers that move frames between them. What the library gives to its users.
  */
+import type { RefusedMethod, RequestMethod } from "../../native/request-queue.ts";
 import { ConfigError } from "../errors.ts";
-import { isGuestPort, type AnyPort, type GuestPort } from "../ports/port.ts";
+import { isFilePort, isGuestPort, type AnyPort, type FilePort, type GuestPort } from "../ports/port.ts";
 import { parsePort } from "../ports/spec.ts";
 import type { TapEvent } from "../ports/tap.ts";
+import { TapPort } from "../ports/tap.ts";
 import { VhostUserPort } from "../ports/vhost-user.ts";
 import type { SocketAddress } from "../vhost-user/endpoint.ts";
 import type { ServerEvent } from "../vhost-user/server.ts";
@@ -40,6 +42,8 @@ export type RelayEvent =
   | ({ port: string } & TapEvent)
   | { type: "broken"; lane: string; port: string; virtqueue: number }
   | { type: "trapped"; lane: string; reason: string }
+  /** A lane does not reach its file in the way that was chosen, but in another one. */
+  | { type: "refused"; lane: string; refused: RefusedMethod[]; method: RequestMethod }
   /** A poller died; the relay cannot go on. */
   | { type: "fatal"; error: unknown };
 
@@ -57,8 +61,8 @@ export interface LinkState {
 
 export interface PortState {
   port: string;
-  state: GuestPort["state"] | "ready";
-  /** The guest's MTU; null: nobody said. */
+  state: GuestPort["state"] | FilePort["state"] | "ready";
+  /** The guest's MTU, or the interface's; null: nobody said. */
   mtu: number | null;
 }
 
@@ -95,7 +99,7 @@ export class Relay implements AsyncDisposable {
       }
     }
     // Ports first: they reserve address space, which may fail. Threads would be left behind.
-    const ports = ends.map(([a, b]) => [this.#makePort(a as Spec), this.#makePort(b as Spec)] as const);
+    const ports = ends.map(([a, b]) => [this.#makePort(a as Spec, b), this.#makePort(b as Spec, a)] as const);
     this.#pollers = new Pollers(
       { mode: options.poll ?? "adaptive", cpus, pollers: 1, stallMs },
       (message) => this.#observe(message),
@@ -142,8 +146,11 @@ export class Relay implements AsyncDisposable {
     return this.close();
   }
 
-  #makePort(spec: Spec): AnyPort {
-    if (spec.kind === "tap") throw new ConfigError(`port "${spec.text}": links do not carry to tap ports yet`);
+  #makePort(spec: Spec, other: Spec | undefined): AnyPort {
+    if (spec.kind === "tap") {
+      const queuePairs = spec.queuePairs ?? (other?.kind === "vhost-user" ? other.queuePairs : 1);
+      return new TapPort({ ...spec, queuePairs, onEvent: (event) => this.#onEvent({ port: spec.text, ...event }) });
+    }
     if (spec.kind !== "vhost-user") return { kind: spec.kind, spec: spec.text };
     return new VhostUserPort({
       ...spec,
@@ -161,6 +168,8 @@ export class Relay implements AsyncDisposable {
     if (message.type === "trapped") {
       placed.trapped = true;
       this.#onEvent({ type: "trapped", lane: lane.name, reason: message.reason });
+    } else if (message.type === "refused") {
+      this.#onEvent({ ...message, lane: lane.name });
     } else {
       const port = message.end === "source" ? source : destination;
       const virtqueue = message.end === "source" ? transmitq(placed.pair) : receiveq(receiver(placed));
@@ -195,7 +204,7 @@ function nameOf(socket: SocketAddress): string {
 }
 
 function portState(port: AnyPort): PortState {
-  if (!isGuestPort(port)) return { port: port.spec, state: "ready", mtu: null };
+  if (!isGuestPort(port) && !isFilePort(port)) return { port: port.spec, state: "ready", mtu: null };
   return { port: port.spec, state: port.state, mtu: port.mtu ?? null };
 }
 

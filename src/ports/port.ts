@@ -4,6 +4,7 @@
  * What a lane needs of it is its memory and its running virtqueues. A port that wants to change either asks its link
  * to do so (`Change`), which parks the lanes meanwhile.
  */
+import type { RequestMethod } from "../../native/request-queue.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { InflightPlace } from "../vhost-user/device.ts";
 
@@ -59,17 +60,55 @@ export interface GuestPort {
   readonly state: "listening" | "connecting" | "connected" | "running" | "ended";
   /** The virtqueue, if it is started. */
   vring(index: number): RunningVring | undefined;
-  /**
-   * Begins to serve.
-   * @param nextAvail next avail index of a started virtqueue; called within a change
-   * @param inject sends a frame of at most 1514 bytes to the other end as if this guest had; dropped if nobody receives
-   */
-  open(change: Change, nextAvail: (index: number) => number, inject: (frame: Uint8Array) => void): Promise<void>;
+  /** Features that the guest's driver acknowledged. */
+  readonly acknowledged: bigint;
+  /** Begins to serve. */
+  open(link: LinkSide): Promise<void>;
   close(): Promise<void>;
 }
 
-export type AnyPort = GuestPort | PassivePort;
+/** What a guest port is given by its link. */
+export interface LinkSide {
+  change: Change;
+  /** Next avail index of a started virtqueue; called within a change. */
+  nextAvail(index: number): number;
+  /** Sends a frame of at most 1514 bytes to the other end as if this guest had; dropped if nobody receives. */
+  inject(frame: Uint8Array): void;
+  /** Numbers of the offload features to offer. */
+  offloads: readonly number[];
+}
+
+/** A port that is an interface of this host: frames pass through files, one for each queue pair. */
+export interface FilePort {
+  readonly kind: "tap";
+  readonly spec: string;
+  /** Non-blocking fds, at least one. */
+  readonly queues: readonly number[];
+  /** Numbers of the offload features that a guest may be offered. Known once it is open. */
+  readonly features: readonly number[];
+  /** Undefined: not known. */
+  readonly mtu: number | undefined;
+  readonly state: "up" | "down" | "gone";
+  /** The ways to read and write the files that may be tried, in order. */
+  readonly methods: readonly RequestMethod[];
+  /**
+   * @param change for changes that the lanes must know of
+   * @throws ConfigError, SystemError; nothing is left behind
+   */
+  open(change: Change): void;
+  close(): void;
+  /** Within a change: what the guest at the other end acknowledged, and the queue pairs it uses. */
+  follow(features: bigint, isInUse: (pair: number) => boolean): void;
+  /** Gives the interface a frame as if the guest had sent it; dropped if it does not take it now. */
+  inject(frame: Uint8Array): void;
+}
+
+export type AnyPort = GuestPort | FilePort | PassivePort;
 
 export function isGuestPort(port: AnyPort): port is GuestPort {
   return port.kind === "vhost-user";
+}
+
+export function isFilePort(port: AnyPort): port is FilePort {
+  return port.kind === "tap";
 }

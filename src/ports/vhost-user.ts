@@ -35,8 +35,8 @@ import type { Device, MemoryRegion, Vring } from "../vhost-user/device.ts";
 import { startPosition } from "../vhost-user/position.ts";
 import { Server, type ServerEvent } from "../vhost-user/server.ts";
 import { giveBackCutBatch } from "./cut-batch.ts";
-import type { Area, Change, GuestPort, InflightPlace, RunningVring } from "./port.ts";
-import { OFFLOAD_FEATURES, offloadsOf } from "./offloads.ts";
+import type { Area, GuestPort, InflightPlace, LinkSide, RunningVring } from "./port.ts";
+import { offloadsOf } from "./offloads.ts";
 import type { Recovery } from "./inflight-file.ts";
 import { rarpFrame } from "./rarp.ts";
 import { recoverPacked } from "./recover-packed.ts";
@@ -44,7 +44,7 @@ import { recoverSplit } from "./recover-split.ts";
 import { areaView, packedFlags } from "./ring-memory.ts";
 import { MEMORY_MAX_BYTES, type VhostUserSpec } from "./spec.ts";
 
-/** Virtio features offered whatever the number of queues. */
+/** Virtio features offered whatever the number of queues, and whatever is at the other end. */
 const FEATURES = [
   VIRTIO_NET_F_MRG_RXBUF,
   VIRTIO_F_ANY_LAYOUT,
@@ -56,7 +56,6 @@ const FEATURES = [
   VIRTIO_F_IN_ORDER,
   // The reset of one virtqueue is its stop and start here.
   VIRTIO_F_RING_RESET,
-  ...OFFLOAD_FEATURES,
 ];
 
 interface VhostUserOptions extends Omit<VhostUserSpec, "kind" | "text"> {
@@ -70,7 +69,6 @@ export class VhostUserPort implements GuestPort, Device {
   readonly queuePairs: number;
   readonly queueUnit: Device["queueUnit"];
   readonly memoryMaxBytes: bigint;
-  readonly features: bigint;
   readonly memory = new GuestMemory();
   readonly #options: VhostUserOptions;
   readonly #vrings = new Map<number, RunningVring>();
@@ -79,9 +77,7 @@ export class VhostUserPort implements GuestPort, Device {
   #connected = false;
   #ended = false;
   #server: Server | undefined;
-  #change: Change = () => Promise.reject(new Error("the port is not open"));
-  #nextAvail: (index: number) => number = () => 0;
-  #inject: (frame: Uint8Array) => void = () => {};
+  #link: LinkSide | undefined;
 
   constructor(options: VhostUserOptions) {
     this.#options = options;
@@ -89,12 +85,20 @@ export class VhostUserPort implements GuestPort, Device {
     this.queuePairs = options.queuePairs;
     this.queueUnit = options.queueUnit;
     this.memoryMaxBytes = options.memoryMaxBytes ?? MEMORY_MAX_BYTES;
-    const bits = [...FEATURES];
-    if (options.queuePairs > 1) bits.push(VIRTIO_NET_F_MQ);
-    if (options.guestAnnounce) bits.push(VIRTIO_NET_F_GUEST_ANNOUNCE);
-    if (options.mac) bits.push(VIRTIO_NET_F_MAC);
-    if (options.mtu !== undefined) bits.push(VIRTIO_NET_F_MTU);
-    this.features = bits.reduce((mask, bit) => mask | (1n << BigInt(bit)), 0n);
+  }
+
+  get features(): bigint {
+    const { queuePairs, guestAnnounce, mac, mtu } = this.#options;
+    const bits = [...FEATURES, ...(this.#link?.offloads ?? [])];
+    if (queuePairs > 1) bits.push(VIRTIO_NET_F_MQ);
+    if (guestAnnounce) bits.push(VIRTIO_NET_F_GUEST_ANNOUNCE);
+    if (mac) bits.push(VIRTIO_NET_F_MAC);
+    if (mtu !== undefined) bits.push(VIRTIO_NET_F_MTU);
+    return bits.reduce((mask, bit) => mask | (1n << BigInt(bit)), 0n);
+  }
+
+  get acknowledged(): bigint {
+    return this.#acknowledged;
   }
 
   /** The guest's MTU as far as it is known: what the front-end said, else what the user said. */
@@ -126,10 +130,8 @@ export class VhostUserPort implements GuestPort, Device {
     return this.#vrings.get(index);
   }
 
-  async open(change: Change, nextAvail: (index: number) => number, inject: (frame: Uint8Array) => void): Promise<void> {
-    this.#inject = inject;
-    this.#change = change;
-    this.#nextAvail = nextAvail;
+  async open(link: LinkSide): Promise<void> {
+    this.#link = link;
     this.#server = new Server(this, { ...this.#options.socket, onEvent: (event) => this.#observe(event) });
   }
 
@@ -138,7 +140,7 @@ export class VhostUserPort implements GuestPort, Device {
   }
 
   announce(mac: Uint8Array): void {
-    this.#inject(rarpFrame(mac));
+    this.#link?.inject(rarpFrame(mac));
   }
 
   setMtu(mtu: number): void {
@@ -171,7 +173,7 @@ export class VhostUserPort implements GuestPort, Device {
   async stopVring(index: number): Promise<number> {
     let next = 0;
     await this.#change(() => {
-      next = this.#nextAvail(index);
+      next = this.#link?.nextAvail(index) ?? 0;
       this.#vrings.delete(index);
     });
     return next;
@@ -179,6 +181,10 @@ export class VhostUserPort implements GuestPort, Device {
 
   updateVring(vring: Vring): Promise<void> {
     return this.#change(() => this.#setVring(vring, this.#vrings.get(vring.index)?.start));
+  }
+
+  #change(apply: () => void): Promise<void> {
+    return this.#link?.change(apply) ?? Promise.reject(new Error("the port is not open"));
   }
 
   reset(): Promise<void> {

@@ -37,10 +37,10 @@ beforeEach(async () => {
     return new VhostUserPort({ ...options, socket: { path: path(name) }, spec: name, onEvent: ignore });
   };
   const ports = [makePort("a"), makePort("b")] as const;
-  const openPort = ports[0].open.bind(ports[0]) as VhostUserPort["open"];
-  ports[0].open = (...given: unknown[]) => {
-    inject = given[2] as typeof inject;
-    return openPort(...(given as Parameters<VhostUserPort["open"]>));
+  const openPort = ports[0].open.bind(ports[0]);
+  ports[0].open = (side) => {
+    inject = side.inject;
+    return openPort(side);
   };
   let lanes = 0;
   link = new Link("link", ports, pollers, () => lanes++);

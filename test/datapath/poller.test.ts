@@ -75,6 +75,7 @@ it("a poller that has ended runs no lane, and says so; parked they are all", asy
     receiveq: { lane: 0, memory: undefined },
     source: nothing,
     destination: nothing,
+    file: undefined,
   };
   await expect(poller.run(task)).rejects.toThrow(/ended/);
   await poller.park(0);
