@@ -126,12 +126,11 @@ export function setAttached(fd: number, isAttached: boolean): void {
   check(ioctl(fd, TUNSETQUEUE, request), "TUNSETQUEUE", context);
 }
 
-// sock_filter: return 0, keep nothing of any frame. The kernel may read it again later, from this address.
-const dropProgram = Buffer.from(new ArrayBuffer(SOCK_FILTER_SIZE));
-dropProgram.writeUInt16LE(BPF_RET_K, 0);
-const dropFilter = Buffer.alloc(SOCK_FPROG_SIZE);
+// struct sock_fprog, and behind it its one struct sock_filter: keep 0 bytes of any frame
+const dropFilter = Buffer.from(new ArrayBuffer(SOCK_FPROG_SIZE + SOCK_FILTER_SIZE));
 dropFilter.writeUInt16LE(1, 0);
-dropFilter.writeBigUInt64LE(koffi.address(dropProgram), SOCK_FPROG_FILTER);
+dropFilter.writeBigUInt64LE(koffi.address(dropFilter) + BigInt(SOCK_FPROG_SIZE), SOCK_FPROG_FILTER);
+dropFilter.writeUInt16LE(BPF_RET_K, SOCK_FPROG_SIZE);
 
 /**
  * Makes an interface without multi_queue drop what it would queue, or stop that: the detaching of the one queue that cannot be

@@ -20,12 +20,13 @@ import {
   TUNSETIFF,
 } from "../../src/layout/tun.ts";
 import { NET_HDR_SIZE } from "../../src/layout/virtio.ts";
+import { missingTools } from "../guests/tools.ts";
 import { enterNewNetwork } from "./namespace.ts";
 
 const O_NONBLOCK = 0o4000;
 const O_CLOEXEC = 0o2000000;
 const ioctl = libc.func("int ioctl(int fd, unsigned long request, void *argument)");
-const skipped = enterNewNetwork();
+const skipped = missingTools("ip") ?? enterNewNetwork();
 
 beforeAll(() => {
   // IPv6 speaks by itself.

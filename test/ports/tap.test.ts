@@ -11,6 +11,7 @@ import { ConfigError, SystemError } from "../../src/errors.ts";
 import { NET_HDR_FLAGS, NET_HDR_SIZE, VIRTIO_NET_HDR_F_NEEDS_CSUM } from "../../src/layout/virtio.ts";
 import { parsePort, type TapSpec } from "../../src/ports/spec.ts";
 import { TapPort, type TapEvent } from "../../src/ports/tap.ts";
+import { missingTools } from "../guests/tools.ts";
 import { enterNewNetwork } from "../native/namespace.ts";
 
 const NOBODY = 65_534;
@@ -27,7 +28,7 @@ const ECN = 1n << 9n;
 const USO4 = 1n << 54n;
 const USO6 = 1n << 55n;
 
-const skipped = enterNewNetwork();
+const skipped = missingTools("ip", "ethtool") ?? enterNewNetwork();
 const ports: TapPort[] = [];
 const events: TapEvent[] = [];
 let changes = 0;
@@ -42,6 +43,8 @@ beforeEach((context) => {
 });
 
 afterEach(() => {
+  // these are this machine's own interfaces
+  if (skipped !== undefined) return;
   for (const port of ports.splice(0)) port.close();
   events.length = 0;
   changes = 0;
