@@ -37,6 +37,7 @@ import {
   FILE_HEADER_BYTES,
   HELD_END,
   HELD_NEXT,
+  IOVEC_BYTES,
   READS_LARGE,
   READS_NEXT,
   READ_BYTES_MAX,
@@ -106,8 +107,8 @@ import {
   copyBack,
   endRequests,
   guestAddress,
+  batchIovecsLeft,
   iovecsEnd,
-  iovecsLeft,
   ownAddress,
   requests,
   takeCompletions,
@@ -151,76 +152,93 @@ function isHolding(): bool {
 
 /** Makes a request to read into the next receive chain. @returns whether there was one */
 function askOne(): bool {
-  const position = requests ? load<u32>(carried(requests - 1), CARRIED_BEHIND) : nextAvail<Destination>();
-  const headerBytes = load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE);
-  if (!openNext(position)) return false;
-  const length = <u32>openedRest;
   const record = carried(requests);
-  // The usual buffer: one descriptor
-  if (
-    (flagsOf<Destination>(openedRest) & LINKS) == VRING_DESC_F_WRITE &&
-    length >= headerBytes &&
-    translate<Destination>(openedAddress) >= <u64>length
-  ) {
-    if (iovecsLeft() < 3) return false;
-    beginRead(headerBytes, segment, offset);
-    const skip: u32 = headerBytes == NET_HDR_SIZE ? 0 : headerBytes;
-    if (length > skip) addIovec(guestAddress(segment, offset + skip), length - skip);
-    store<u32>(record, idOf<Destination>(openedId, openedRest), CARRIED_ID);
-    store<u32>(record, 1, CARRIED_SLOTS);
-    store<u32>(record, behind<Destination>(position, 1), CARRIED_BEHIND);
-    endRead(length - headerBytes + NET_HDR_SIZE);
-    return true;
-  }
-
-  if (!walkNext(position)) return false;
-  const pieces = <u32>((piecesEnd - DESTINATION_PIECES) / PIECE_BYTES);
-  if (iovecsLeft() < min<u32>(pieces, REQUEST_IOVECS_MAX) + 2) return false;
-  beginRead(headerBytes, load<u32>(DESTINATION_PIECES, PIECE_SEGMENT), load<u64>(DESTINATION_PIECES, PIECE_OFFSET));
-  const room = addPieces(headerBytes, REQUEST_IOVECS_MAX - 2);
-  store<u32>(record, chainId, CARRIED_ID);
-  store<u32>(record, chainSlots, CARRIED_SLOTS);
-  store<u32>(record, behind<Destination>(walkedAt, chainSlots), CARRIED_BEHIND);
-  endRead(room);
+  const position = requests ? load<u32>(carried(requests - 1), CARRIED_BEHIND) : nextAvail<Destination>();
+  if (!addChain(position, true)) return false;
+  store<u32>(record, addedId, CARRIED_ID);
+  store<u32>(record, addedSlots, CARRIED_SLOTS);
+  store<u32>(record, behind<Destination>(addedAt, addedSlots), CARRIED_BEHIND);
+  endRead(addedRoom);
   return true;
 }
 
 /** Makes one request to read into as many receive chains as a large frame takes, or as there are. */
 function askLarge(): void {
-  const headerBytes = load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE);
   const size = load<u32>(DESTINATION_VRING, VRING_SIZE);
-  let position = nextAvail<Destination>();
-  let room: u32 = 0;
+  if (!addChain(nextAvail<Destination>(), true)) return;
+  let room = addedRoom;
   let slots: u32 = 0;
   beginMerged();
-  while (room < BYTES_MAX && slots < size) {
-    if (mergedCount() == 0) {
-      if (!openNext(position) || !walkNext(position)) return;
-      position = walkedAt;
-      beginRead(headerBytes, load<u32>(DESTINATION_PIECES, PIECE_SEGMENT), load<u64>(DESTINATION_PIECES, PIECE_OFFSET));
-      room = addPieces(headerBytes, REQUEST_IOVECS_MAX - 2);
-      if (room == 0) break;
-    } else {
-      if (tryBuffer(position) != BUFFERS_READY) break;
-      const found = walk<Destination>(position, openedId, openedAddress, openedRest, DESTINATION_PIECES, BYTES_MAX);
-      if (found != CHAIN_READY || chainBytes == 0 || chainBytes > u32.MAX_VALUE || slots + chainSlots > size) break;
-      const iovecs = <u32>((iovecsEnd - load<u32>(carried(0), CARRIED_IOVECS)) >> 4);
-      const left = <u32>REQUEST_IOVECS_MAX - 2 - min<u32>(iovecs, REQUEST_IOVECS_MAX - 2);
-      if (<u32>((piecesEnd - DESTINATION_PIECES) / PIECE_BYTES) > left) break;
-      room += addPieces(0, left);
-    }
-    addMerged(<u32>min<u64>(chainBytes, BYTES_MAX));
-    slots += chainSlots;
-    position = behind<Destination>(position, chainSlots);
+  while (true) {
+    addMerged(addedId, addedSlots, <u32>min<u64>(addedBytes, BYTES_MAX));
+    slots += addedSlots;
+    if (room == 0 || room >= BYTES_MAX || slots >= size) break;
+    const position = behind<Destination>(addedAt, addedSlots);
+    if (!addChain(position, false) || slots + addedSlots > size) break;
+    room += addedRoom;
   }
   large = true;
   endRead(room);
 }
 
+// The receive chain added last: its position, what to give back, the bytes it holds, and those of the file that go into it
+let addedAt: u32 = 0;
+let addedId: u32 = 0;
+let addedSlots: u32 = 0;
+let addedBytes: u64 = 0;
+let addedRoom: u32 = 0;
+
+/** Adds iovecs for the receive chain at a position. @param begins it is the read's first one @returns whether there is one */
+function addChain(position: u32, begins: bool): bool {
+  const headerBytes = begins ? load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE) : 0;
+  if (!openNext(position, begins)) return false;
+  const length = <u32>openedRest;
+  // The usual buffer: one descriptor
+  if (
+    (flagsOf<Destination>(openedRest) & LINKS) == VRING_DESC_F_WRITE &&
+    length > headerBytes &&
+    translate<Destination>(openedAddress) >= <u64>length
+  ) {
+    if (iovecsLeft(begins) < 3) return false;
+    const at = guestAddress(segment, offset);
+    addedAt = position;
+    addedId = idOf<Destination>(openedId, openedRest);
+    addedSlots = 1;
+    addedBytes = length;
+    addedRoom = length;
+    if (begins) beginRead(headerBytes, segment, offset);
+    if (begins && headerBytes != NET_HDR_SIZE) {
+      addIovec(at + headerBytes, length - headerBytes);
+      addedRoom = length - headerBytes + NET_HDR_SIZE;
+    } else addIovec(at, length);
+    return true;
+  }
+
+  if (!walkNext(position, begins)) return false;
+  const pieces = <u32>((piecesEnd - DESTINATION_PIECES) / PIECE_BYTES);
+  const left = iovecsLeft(begins);
+  // The rest of what one request cannot take goes to the bounce.
+  if (left < 3 || (left < pieces + 2 && (requests || !begins))) return false;
+  if (begins) {
+    beginRead(headerBytes, load<u32>(DESTINATION_PIECES, PIECE_SEGMENT), load<u64>(DESTINATION_PIECES, PIECE_OFFSET));
+  }
+  addedId = chainId;
+  addedSlots = chainSlots;
+  addedBytes = chainBytes;
+  addedRoom = addPieces(headerBytes, left - 2);
+  return true;
+}
+
+/** How many iovecs a read may still have. */
+function iovecsLeft(begins: bool): u32 {
+  if (begins) return min<u32>(batchIovecsLeft(), REQUEST_IOVECS_MAX);
+  return REQUEST_IOVECS_MAX - <u32>((iovecsEnd - load<u32>(carried(requests), CARRIED_IOVECS)) / IOVEC_BYTES);
+}
+
 /** Opens the receive chain at a position, for a read. @returns whether there is one */
-function openNext(position: u32): bool {
-  // A batch that has begun is not held up, nor ended, by what comes behind it.
-  if (requests) return tryBuffer(position) == BUFFERS_READY;
+function openNext(position: u32, begins: bool): bool {
+  // What has begun is not held up, nor ended, by what comes behind it.
+  if (requests || !begins) return tryBuffer(position) == BUFFERS_READY;
   const found = openBuffer(position);
   if (found == BUFFERS_BROKEN) breakDestination();
   if (found != BUFFERS_READY) return false;
@@ -228,21 +246,18 @@ function openNext(position: u32): bool {
   return true;
 }
 
-/** Position of the chain walked last. */
-let walkedAt: u32 = 0;
-
 /**
  * Walks the chain that was opened at a position, into DESTINATION_PIECES. Malformed ones are returned with length 0, and the
- * first one behind them is walked; of a batch that has begun they are the end.
- * @returns whether there is one
+ * first one behind them is walked; of what has begun they are the end.
+ * @returns whether there is one, at addedAt
  */
-function walkNext(position: u32): bool {
+function walkNext(position: u32, begins: bool): bool {
   const size = load<u32>(DESTINATION_VRING, VRING_SIZE);
   for (let chains: u32 = 0; chains < size; ++chains) {
-    walkedAt = position;
+    addedAt = position;
     const found = walk<Destination>(position, openedId, openedAddress, openedRest, DESTINATION_PIECES, BYTES_MAX);
     if (found == CHAIN_READY && chainBytes != 0 && chainBytes <= u32.MAX_VALUE) return true;
-    if (requests) return false;
+    if (requests || !begins) return false;
     if (found == CHAIN_BROKEN) {
       breakDestination();
       return false;
@@ -251,7 +266,7 @@ function walkNext(position: u32): bool {
     returnUnused();
     position = behind<Destination>(position, chainSlots);
     setNextAvail<Destination>(position);
-    if (!openNext(position)) return false;
+    if (!openNext(position, true)) return false;
   }
   return false;
 }

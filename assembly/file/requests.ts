@@ -89,7 +89,7 @@ export function bounce(number: u32): usize {
 }
 
 /** How many iovecs this batch may still have. */
-export function iovecsLeft(): u32 {
+export function batchIovecsLeft(): u32 {
   return IOVECS_MAX - <u32>((iovecsEnd - IOVECS) / IOVEC_BYTES);
 }
 
@@ -111,11 +111,19 @@ export function addIovec(address: u64, length: u32): void {
 
 /** Makes a request of the iovecs from `iovecs` on. */
 export function addRequest(iovecs: usize): void {
+  const count = <u32>((iovecsEnd - iovecs) / IOVEC_BYTES);
+  // A vector of one costs the kernel more than none.
+  if (count == 1) addWhole(load<u64>(iovecs), load<u32>(iovecs, IOVEC_LENGTH));
+  else add(load<u32>(REQUEST_FORMAT, FORMAT_VECTOR), ownAddress(iovecs), count);
+}
+
+/** Makes a request of one stretch of memory. */
+export function addWhole(address: u64, length: u32): void {
+  add(load<u32>(REQUEST_FORMAT, FORMAT_WHOLE), address, length);
+}
+
+function add(operation: u32, address: u64, length: u32): void {
   const request = REQUESTS + <usize>((first + requests) & (REQUESTS_MAX - 1)) * REQUEST_BYTES;
-  const isWhole = iovecsEnd - iovecs == IOVEC_BYTES;
-  const operation = isWhole ? load<u32>(REQUEST_FORMAT, FORMAT_WHOLE) : load<u32>(REQUEST_FORMAT, FORMAT_VECTOR);
-  const address = isWhole ? load<u64>(iovecs) : ownAddress(iovecs);
-  const length = isWhole ? load<u32>(iovecs, IOVEC_LENGTH) : <u32>((iovecsEnd - iovecs) / IOVEC_BYTES);
   store<u8>(request + load<u32>(REQUEST_FORMAT, FORMAT_OPERATION), <u8>operation);
   store<u64>(request + load<u32>(REQUEST_FORMAT, FORMAT_ADDRESS), address);
   store<u32>(request + load<u32>(REQUEST_FORMAT, FORMAT_LENGTH), length);

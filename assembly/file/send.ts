@@ -79,6 +79,8 @@ import {
   EIO,
   addIovec,
   addRequest,
+  addWhole,
+  batchIovecsLeft,
   beginRequests,
   bounce,
   carried,
@@ -86,7 +88,6 @@ import {
   endRequests,
   guestAddress,
   iovecsEnd,
-  iovecsLeft,
   ownAddress,
   requests,
   takeCompletions,
@@ -146,10 +147,8 @@ function prepareFrame(position: u32, enabled: bool): u32 {
     headerBytes == NET_HDR_SIZE &&
     translate<Source>(openedAddress) >= <u64>length
   ) {
-    const iovecs = iovecsEnd;
-    if (iovecsLeft() == 0) return LATER;
-    addIovec(guestAddress(segment, offset), length);
-    ask(position, idOf<Source>(openedId, openedRest), 1, length - NET_HDR_SIZE, iovecs);
+    describe(position, idOf<Source>(openedId, openedRest), 1, length - NET_HDR_SIZE);
+    addWhole(guestAddress(segment, offset), length);
     return ASKED;
   }
 
@@ -173,7 +172,7 @@ function askPieces(position: u32, headerBytes: u32): u32 {
   const bytes = <u32>chainBytes;
   const pieces = <u32>((piecesEnd - SOURCE_PIECES) / PIECE_BYTES);
   const copies = pieces >= <u32>REQUEST_IOVECS_MAX || bytes <= COPY_BYTES_MAX;
-  if (iovecsLeft() <= (copies ? 1 : pieces)) return LATER;
+  if (batchIovecsLeft() <= (copies ? 1 : pieces)) return LATER;
   newSource();
   const iovecs = iovecsEnd;
   let skip: u32 = 0;
@@ -199,18 +198,18 @@ function askPieces(position: u32, headerBytes: u32): u32 {
     } else addIovec(guestAddress(load<u32>(piece, PIECE_SEGMENT), at), length - skipped);
   }
   if (copies) addIovec(ownAddress(bounce(requests)), <u32>(copied - bounce(requests)));
-  ask(position, chainId, chainSlots, bytes - headerBytes, iovecs);
+  describe(position, chainId, chainSlots, bytes - headerBytes);
+  addRequest(iovecs);
   return ASKED;
 }
 
-/** Makes a request of the iovecs from `iovecs` on, for a chain. */
-function ask(position: u32, id: u32, slots: u32, frameBytes: u32, iovecs: usize): void {
+/** Writes the record of the next request: the chain that it sends. */
+function describe(position: u32, id: u32, slots: u32, frameBytes: u32): void {
   const record = carried(requests);
   store<u32>(record, id, CARRIED_ID);
   store<u32>(record, slots, CARRIED_SLOTS);
   store<u32>(record, behind<Source>(position, slots), CARRIED_BEHIND);
   store<u32>(record, frameBytes, CARRIED_ROOM);
-  addRequest(iovecs);
 }
 
 /** Gives back what the kernel has taken. @returns POLL_* */

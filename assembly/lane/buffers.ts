@@ -146,7 +146,7 @@ export function collectBuffers(needed: u32, position: u32, id: u32, address: u64
     }
     if (!mergeable && chainBytes < needed) return BUFFERS_TOO_SMALL;
     const written = min(chainBytes, needed - got);
-    addMerged(<u32>written);
+    addMerged(chainId, chainSlots, <u32>written);
     got += written;
     pieces = piecesEnd;
     if (got == needed) {
@@ -166,13 +166,13 @@ export function beginMerged(): void {
   mergedSlots = 0;
 }
 
-/** Adds the chain walked last, with so many bytes written to it. */
-export function addMerged(written: u32): void {
-  store<u16>(mergedEnd, <u16>chainId, MERGED_ID);
-  store<u16>(mergedEnd, <u16>chainSlots, MERGED_SLOTS);
+/** Adds a chain to the list, with so many bytes written to it. */
+export function addMerged(id: u32, slots: u32, written: u32): void {
+  store<u16>(mergedEnd, <u16>id, MERGED_ID);
+  store<u16>(mergedEnd, <u16>slots, MERGED_SLOTS);
   store<u32>(mergedEnd, written, MERGED_WRITTEN);
   mergedEnd += MERGED_BYTES;
-  mergedSlots += chainSlots;
+  mergedSlots += slots;
 }
 
 /**
