@@ -166,17 +166,11 @@ export class Link {
     }
   }
 
-  /** Tells the interface at one end what the guest at the other one takes, and which queue pairs it uses. */
+  /** Tells the interface at one end what the guest at the other one takes, and for which queue pairs. */
   #tellFile(): void {
     const guest = this.ports.find(isGuestPort);
-    if (guest) this.#file?.follow(guest.acknowledged, (pair) => this.#pairsInUse().includes(pair));
-  }
-
-  /** Queue pairs of the interface that give frames to a guest; if there are none, those that only take them. */
-  #pairsInUse(): number[] {
-    const receive = this.lanes.filter((placed) => isFilePort(placed.source) && isReceiving(placed));
-    const send = this.lanes.filter(({ source, pair }) => vringOf(source, transmitq(pair)));
-    return (receive.length > 0 ? receive : send).map(({ pair }) => pair);
+    const receiving = this.lanes.filter((placed) => isFilePort(placed.source) && isReceiving(placed));
+    if (guest) this.#file?.follow(guest.acknowledged, (pair) => receiving.some((placed) => placed.pair === pair));
   }
 
   /** Lanes whose receiveq does not receive are dealt out to those whose does; if there is none, each keeps its own. */
@@ -213,14 +207,12 @@ export class Link {
     });
   }
 
-  /** What the lane does with a file, if one of its ends is one. */
+  /** What the lane does with a file, if one of its ends is one. A guest may have more pairs than the file has queues. */
   #fileOf({ pair, source }: PlacedLane): FileTask | undefined {
     const file = this.#file;
     if (!file) return undefined;
-    const inUse = this.#pairsInUse().filter((candidate) => candidate < file.queues.length);
-    const queue = inUse.includes(pair) ? pair : (inUse[0] ?? 0);
-    const direction = source === file ? "receive" : "send";
-    return { fd: file.queues[queue] as number, direction, methods: file.methods };
+    const fd = file.queues[pair % file.queues.length] as number;
+    return { fd, direction: source === file ? "receive" : "send", methods: file.methods };
   }
 
   /** The memories to send to the poller; undefined if it has them. */

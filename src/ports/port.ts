@@ -97,7 +97,7 @@ export interface FilePort {
    */
   open(change: Change): void;
   close(): void;
-  /** Within a change: what the guest at the other end acknowledged, and the queue pairs it uses. */
+  /** Within a change: what the guest at the other end acknowledged, and the queue pairs on which it takes frames. */
   follow(features: bigint, isInUse: (pair: number) => boolean): void;
   /** Gives the interface a frame as if the guest had sent it; dropped if it does not take it now. */
   inject(frame: Uint8Array): void;

@@ -41,7 +41,9 @@ describe.each(VARIANTS)("the core for %i segments an end", (segments) => {
       ...numbers.map((n) => ({ module: "guest", name: `destination${n}`, kind: "memory" })),
     ]);
     const names = WebAssembly.Module.exports(module).map(({ name, kind }) => `${kind} ${name}`);
-    expect(names.toSorted()).toEqual(["arm", "disarm", "finish", "inject", "poll", "prepare", "refresh"].map((name) => `function ${name}`));
+    expect(names.toSorted()).toEqual(
+      ["arm", "disarm", "finish", "inject", "poll", "prepare", "refresh"].map((name) => `function ${name}`),
+    );
   });
 
   test("segments are shared memory64s of 16 GiB", () => {
