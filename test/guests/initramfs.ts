@@ -56,16 +56,19 @@ interface Entry {
 }
 
 /** What the guests' kernels and programs come from. */
-export const INITRAMFS_TOOLS = ["busybox", "iperf3", "ethtool"] as const;
+export const INITRAMFS_TOOLS = ["bash", "busybox", "iperf3", "ethtool"] as const;
 
 /** Returns the path of an initramfs for a kernel with these modules, building it if there is none yet. */
 export function buildInitramfs(kernel: Modules): string {
   const files = new Map(INITRAMFS_TOOLS.map((name): [string, string] => [`bin/${name}`, tool(name)]));
   for (const path of [...files.values()].flatMap(sharedLibraries)) files.set(path.slice(1), path);
-  const modules = moduleClosure(kernel);
-  for (const module of modules) files.set(`modules/${basename(module)}`, module);
+  const orders = new Map([["order", moduleClosure(kernel.directory, kernel.load)]]);
+  for (const module of kernel.carry.filter((name) => !isBuiltIn(kernel.directory, name))) {
+    orders.set(`${module}.order`, moduleClosure(kernel.directory, [module]));
+  }
+  for (const module of [...orders.values()].flat()) files.set(`modules/${basename(module)}`, module);
 
-  const hash = createHash("sha256").update(init);
+  const hash = createHash("sha256").update(init + JSON.stringify([...orders]));
   for (const [path, source] of files) {
     const { size, mtimeMs } = statSync(source);
     hash.update(`\n${path} ${source} ${size} ${mtimeMs}`);
@@ -81,11 +84,11 @@ export function buildInitramfs(kernel: Modules): string {
     { path: "dev/console", mode: S_IFCHR | 0o600, device: [5, 1] },
     { path: "bin/sh", mode: S_IFLNK | 0o777, data: text("busybox") },
     { path: "init", mode: S_IFREG | 0o755, data: text(init) },
-    {
-      path: "modules/order",
+    ...[...orders].map(([name, modules]) => ({
+      path: `modules/${name}`,
       mode: S_IFREG | 0o644,
       data: text(modules.map((module) => basename(module)).join("\n")),
-    },
+    })),
     ...[...files].map(([path, source]) => ({
       path,
       mode: S_IFREG | 0o755,
@@ -113,15 +116,19 @@ function sharedLibraries(executable: string): string[] {
 }
 
 /** Files of these modules, dependencies first. */
-function moduleClosure({ directory, load }: Modules): string[] {
+function moduleClosure(directory: string, modules: readonly string[]): string[] {
   // modules.dep(5): `module: dependencies`, the one to load first last
   const lines = readFileSync(join(directory, "modules.dep"), "utf8").split("\n");
-  const files = load.flatMap((module) => {
+  const files = modules.flatMap((module) => {
     const line = lines.find((entry) => entry.split(":")[0]?.endsWith(`/${module}.ko`));
     if (line === undefined) throw new Error(`the kernel of ${directory} has no module ${module}`);
     return line.replace(":", "").trim().split(/\s+/).toReversed();
   });
   return [...new Set(files)].map((path) => join(directory, path));
+}
+
+function isBuiltIn(directory: string, module: string): boolean {
+  return readFileSync(join(directory, "modules.builtin"), "utf8").includes(`/${module}.ko\n`);
 }
 
 /** All directories above these paths, parents first. */

@@ -22,6 +22,8 @@ export interface Modules {
   readonly directory: string;
   /** Those to load, by name; what they depend on is loaded first. */
   readonly load: readonly string[];
+  /** Those that a test may load: see LinuxGuest.load(). What the kernel has built in may be among them. */
+  readonly carry: readonly string[];
 }
 
 export interface Kernel {
@@ -30,12 +32,14 @@ export interface Kernel {
   readonly modules: Modules;
 }
 
+const carry = ["8021q", "ipv6"];
+
 /** The modules of user-mode Linux, whose program has the kernel in it. @throws Error if they are not there */
 export function umlModules(): Modules {
   const releases = "/usr/lib/uml/modules";
   const release = newest(readdirSync(releases));
   if (release === undefined) throw new Error(`no kernel modules in ${releases}; reinstall user-mode-linux`);
-  return { directory: join(releases, release), load: ["virtio_net"] };
+  return { directory: join(releases, release), load: ["virtio_net"], carry };
 }
 
 /** Debian's kernel for virtual machines, unpacked. @throws Error if none is installed */
@@ -44,7 +48,7 @@ export function qemuKernel(): Kernel {
   if (release === undefined) throw new Error("no kernel in /boot with modules in /lib/modules");
   return {
     image: unpacked(release),
-    modules: { directory: join("/lib/modules", release), load: ["virtio_pci", "virtio_net"] },
+    modules: { directory: join("/lib/modules", release), load: ["virtio_pci", "virtio_net"], carry },
   };
 }
 

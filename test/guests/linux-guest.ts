@@ -69,6 +69,16 @@ export class LinuxGuest implements AsyncDisposable {
     return output;
   }
 
+  /** Loads a module that kernel.ts has the guests carry, unless it is there already. */
+  async load(module: string): Promise<void> {
+    // insmod fails for those that another one has brought
+    await this.check(`
+      if [ -e /modules/${module}.order ]; then
+        for file in $(cat /modules/${module}.order); do insmod "/modules/$file" || true; done
+        grep -q '^${module} ' /proc/modules
+      fi`);
+  }
+
   /** Ends the guest as a power failure would: SIGKILL for all its processes. */
   async kill(): Promise<void> {
     await this.program.kill();

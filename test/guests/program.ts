@@ -70,6 +70,18 @@ export class Program implements AsyncDisposable {
     return this.#stdout;
   }
 
+  /** @throws Error if it could not be started */
+  get pid(): number {
+    if (this.#child.pid === undefined) throw this.failure("was not started");
+    return this.#child.pid;
+  }
+
+  /** CPU time that all its threads have taken so far, in ticks: 100 a second. */
+  get cpuTicks(): number {
+    const [utime, stime] = statFields(String(this.pid)).slice(11, 13).map(Number);
+    return utime! + stime!;
+  }
+
   get input(): Writable {
     return this.#child.stdin!;
   }

@@ -1,10 +1,10 @@
 /** Machines that QEMU makes, a pair for each test: what is not in the short test because each takes a minute or so. */
 import { afterEach, describe, expect, test } from "vitest";
 import { VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MQ } from "../../src/layout/virtio.ts";
+import { pingFromEveryCpu } from "./guest-traffic.ts";
 import { INITRAMFS_TOOLS } from "./initramfs.ts";
 import { QemuPair } from "./qemu-pair.ts";
 import type { GuestSettings } from "./qemu-pair.ts";
-import type { QemuGuest } from "./qemu.ts";
 import { missingTools } from "./tools.ts";
 
 const missing = missingTools("qemu-system-x86_64", "a kernel for QEMU", ...INITRAMFS_TOOLS);
@@ -89,11 +89,3 @@ describe.skipIf(missing !== undefined)(`two QEMU guests${missing ? `: ${missing}
     await machines.expectNoComplaints();
   });
 });
-
-/** A guest with a CPU for each queue pair sends on the one that belongs to the CPU. */
-async function pingFromEveryCpu(from: QemuGuest, to: QemuGuest): Promise<void> {
-  for (const mask of [1, 2, 4, 8]) {
-    const output = await from.check(`taskset ${mask} ping -q -A -c 20 ${to.ip}`);
-    expect(output).toContain("20 packets transmitted, 20 packets received");
-  }
-}

@@ -21,6 +21,8 @@ export interface QemuOptions extends GuestOptions {
   readonly packed?: boolean;
   /** Neither leaves checksums and segments to the device nor takes them from it. */
   readonly noOffloads?: boolean;
+  /** No VIRTIO_NET_F_MRG_RXBUF: a receive buffer holds the largest frame that may come. */
+  readonly noMergeable?: boolean;
   /** Queue pairs, each with a CPU of its own. */
   readonly queuePairs?: number;
   /** A device before virtio 1.0. */
@@ -29,6 +31,10 @@ export interface QemuOptions extends GuestOptions {
   readonly listen?: boolean;
   /** Name of a TAP interface for QEMU's own back-end to make, in the place of vhost-user; `socket` is not used then. */
   readonly tap?: string;
+  /** QEMU's arguments for memory and NIC, in place of those that it gets by the options above. */
+  readonly arguments?: readonly string[];
+  /** The command that runs it somewhere else, such as `inside` of a Network. */
+  readonly wrap?: (command: readonly string[]) => readonly string[];
   /** How far plugMemory() may take the guest's memory. */
   readonly memoryMaxMiB?: number;
 }
@@ -53,7 +59,8 @@ export class QemuGuest extends LinuxGuest {
   }
 
   private constructor(options: QemuOptions) {
-    const program = new Program(`guest ${options.ip}`, [qemuSystem, ...machine(options)], { channels: 2 });
+    const { wrap = (command) => command } = options;
+    const program = new Program(`guest ${options.ip}`, wrap([qemuSystem, ...machine(options)]), { channels: 2 });
     super(options.ip, program, mkdtempSync(join(tmpdir(), "qemu-")));
     program.channel(4).on("error", () => {});
     createInterface({ input: program.channel(4) }).on("line", (line) => {
@@ -93,7 +100,7 @@ export class QemuGuest extends LinuxGuest {
 
 /** QEMU's arguments. */
 function machine(options: QemuOptions): string[] {
-  const { memoryMiB = 512, memoryMaxMiB, queuePairs = 1 } = options;
+  const { queuePairs = 1 } = options;
   const kernel = qemuKernel();
   const parameters = ["console=ttyS0", `${AGENT_TERMINAL}=ttyS1`, "panic=-1", "quiet", "mitigations=off", "nokaslr"];
   return [
@@ -103,30 +110,37 @@ function machine(options: QemuOptions): string[] {
     ..."-chardev socket,id=qmp,fd=4 -mon chardev=qmp,mode=control".split(" "),
     ...Object.entries({
       "-smp": String(queuePairs),
-      "-m": `${memoryMiB}M${memoryMaxMiB ? `,slots=4,maxmem=${memoryMaxMiB}M` : ""}`,
-      "-object": `memory-backend-memfd,id=memory,size=${memoryMiB}M,share=on`,
-      "-numa": "node,memdev=memory",
       "-kernel": kernel.image,
       "-initrd": buildInitramfs(kernel.modules),
       "-append": parameters.join(" "),
-      ...backEnd(options),
-      "-device": nic(options),
     }).flat(),
+    ...(options.arguments ?? memoryAndNic(options)),
   ];
 }
 
-function backEnd({ socket, listen, tap, queuePairs = 1 }: QemuOptions): Record<string, string> {
-  if (tap !== undefined) return { "-netdev": `tap,id=nic,ifname=${tap},script=no,downscript=no` };
-  return {
-    "-chardev": `socket,id=nic,path=${socket},${listen ? "server=on" : "reconnect=1"}`,
+function memoryAndNic(options: QemuOptions): string[] {
+  const { memoryMiB = 512, memoryMaxMiB, queuePairs = 1 } = options;
+  return Object.entries({
+    "-m": `${memoryMiB}M${memoryMaxMiB ? `,slots=4,maxmem=${memoryMaxMiB}M` : ""}`,
+    "-object": `memory-backend-memfd,id=memory,size=${memoryMiB}M,share=on`,
+    "-numa": "node,memdev=memory",
+    "-chardev": `socket,id=nic,path=${options.socket},${options.listen ? "server=on" : "reconnect=1"}`,
     "-netdev": `vhost-user,id=nic,chardev=nic,queues=${queuePairs}`,
-  };
+    "-device": nic(options),
+  }).flat();
 }
 
 /** QEMU's names of the features of src/ports/offloads.ts. */
 const OFFLOADS = ["csum", "guest_csum", "guest_tso4", "guest_tso6", "guest_ecn", "host_tso4", "host_tso6", "host_ecn"];
 
-function nic({ ip, packed = false, noOffloads = false, queuePairs = 1, legacy = false }: QemuOptions): string {
+/** Properties without which virtio-net-pci does not work here. */
+export function nicProperties(): string[] {
+  // Before QEMU 8, and without KVM, it crashes when the guest masks an MSI-X vector of a vhost device.
+  return qemuMajor() < 8 ? ["vectors=0"] : [];
+}
+
+function nic(options: QemuOptions): string {
+  const { ip, packed = false, noOffloads = false, noMergeable = false, queuePairs = 1, legacy = false } = options;
   const properties = [
     "virtio-net-pci",
     "netdev=nic",
@@ -134,12 +148,11 @@ function nic({ ip, packed = false, noOffloads = false, queuePairs = 1, legacy = 
     "romfile=",
     `packed=${packed ? "on" : "off"}`,
     ...(noOffloads ? OFFLOADS.map((offload) => `${offload}=off`) : []),
+    ...(noMergeable ? ["mrg_rxbuf=off"] : []),
   ];
   if (queuePairs > 1) properties.push("mq=on", `vectors=${2 * queuePairs + 2}`);
   if (legacy) properties.push("disable-modern=on", "disable-legacy=off");
-  // Without KVM, these crash when the guest masks an MSI-X vector of a vhost device.
-  if (qemuMajor() < 8) properties.push("vectors=0");
-  return properties.join(",");
+  return [...properties, ...nicProperties()].join(",");
 }
 
 function qemuMajor(): number {

@@ -3,7 +3,7 @@
  *
  * RELAY_COMMAND, words separated by spaces, runs something else in its place, such as an installed `vhost-relay`.
  */
-import { existsSync, mkdtempSync, rmSync } from "node:fs";
+import { chownSync, existsSync, mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { readState } from "../../src/control/api.ts";
@@ -14,8 +14,20 @@ import type { Exit } from "./program.ts";
 const main = join(import.meta.dirname, "../../src/cli/main.ts");
 const command = process.env["RELAY_COMMAND"]?.split(" ") ?? [process.execPath, main];
 
+/** A relay that is not just two vhost-user ports joined. */
+export interface RelayOptions {
+  /** Its links, given the paths of two sockets that are its own. */
+  readonly links: (...sockets: [string, string]) => readonly string[];
+  /** More of its arguments. */
+  readonly args?: readonly string[];
+  /** The command that runs it somewhere else, such as `inside` of a Network. */
+  readonly wrap?: (command: readonly string[]) => readonly string[];
+  /** Numeric id of the user that owns the directory of its sockets; default: ours. */
+  readonly owner?: number;
+}
+
 export class Relay implements AsyncDisposable {
-  /** The two ends of its one link: paths of vhost-user sockets. */
+  /** Paths of vhost-user sockets: the two ends of its one link, if it was not told otherwise. */
   readonly sockets: readonly [string, string];
   #directory: string;
   #command: readonly string[];
@@ -23,10 +35,14 @@ export class Relay implements AsyncDisposable {
 
   /**
    * Resolves when the relay serves.
-   * @param portOptions of both ports, such as `,queues=4`
+   * @param options of both ports, such as `,queues=4`, or all there is to say
    */
-  static async start(portOptions = ""): Promise<Relay> {
-    const relay = new Relay(portOptions);
+  static async start(options: string | RelayOptions = ""): Promise<Relay> {
+    const relay = new Relay(
+      typeof options === "string"
+        ? { links: (...sockets) => [sockets.map((path) => `vhost-user:${path}${options}`).join("=")] }
+        : options,
+    );
     try {
       await relay.#serves();
       return relay;
@@ -36,11 +52,21 @@ export class Relay implements AsyncDisposable {
     }
   }
 
-  private constructor(portOptions: string) {
+  /** One whose link joins a VM to a TAP interface. @param port such as `tap:vm0` @param options of the VM's port */
+  static async toTap(
+    port: string,
+    network: { inside: (command: readonly string[]) => readonly string[] },
+    options = "",
+  ): Promise<Relay> {
+    return Relay.start({ links: (path) => [`vhost-user:${path}${options}=${port}`], wrap: network.inside });
+  }
+
+  private constructor({ links, args = [], wrap = (command) => command, owner }: RelayOptions) {
     this.#directory = mkdtempSync(join(tmpdir(), "relay-"));
+    if (owner !== undefined) chownSync(this.#directory, owner, owner);
     this.sockets = [join(this.#directory, "a.sock"), join(this.#directory, "b.sock")];
-    const link = this.sockets.map((path) => `vhost-user:${path}${portOptions}`).join("=");
-    this.#command = [...command, "run", "--link", link, "--control", this.#control];
+    const linkArgs = links(...this.sockets).flatMap((link) => ["--link", link]);
+    this.#command = wrap([...command, "run", ...linkArgs, "--control", this.#control, ...args]);
     this.#program = new Program("vhost-relay", this.#command);
   }
 
@@ -52,6 +78,16 @@ export class Relay implements AsyncDisposable {
   /** What it says about its one link. */
   async link(): Promise<LinkState> {
     return (await readState(this.#control)).links[0]!;
+  }
+
+  /** CPU time that its threads have taken so far, in ticks: 100 a second. */
+  get cpuTicks(): number {
+    return this.#program.cpuTicks;
+  }
+
+  /** Such as SIGSTOP and SIGCONT. */
+  signal(signal: NodeJS.Signals): void {
+    this.#program.signal(signal);
   }
 
   /** SIGTERM; resolves when it has ended. */

@@ -9,10 +9,13 @@ const packages = {
   "linux.uml": "user-mode-linux",
   "qemu-system-x86_64": "qemu-system-x86",
   "a kernel for QEMU": "linux-image-cloud-amd64",
+  bash: "bash",
   busybox: "busybox-static",
   ethtool: "ethtool",
   iperf3: "iperf3",
   "dpdk-testpmd": "dpdk-dev",
+  ip: "iproute2",
+  tcpdump: "tcpdump",
 } as const;
 
 export type Tool = keyof typeof packages;
