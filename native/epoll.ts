@@ -32,8 +32,8 @@ export class Epoll {
     this.#control(EPOLL_CTL_ADD, fd, EPOLLIN);
   }
 
-  /** The same again for an fd that was added, and each time that it takes something to write after it was full. */
-  watchRoom(fd: number): void {
+  /** The same for an fd that was added, as if for the first time; from now on it also reports room to write after it was full. */
+  addAgain(fd: number): void {
     this.#control(EPOLL_CTL_MOD, fd, EPOLLIN | EPOLLOUT);
   }
 

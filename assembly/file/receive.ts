@@ -24,6 +24,7 @@ import {
   PIECE_LENGTH,
   PIECE_OFFSET,
   PIECE_SEGMENT,
+  POLL_FILE_ASK,
   POLL_FILE_WAITS,
   VRING_FLAGS,
   VRING_HEADER_SIZE,
@@ -55,6 +56,7 @@ import {
 import {
   CHAIN_BROKEN,
   CHAIN_READY,
+  WALK_MAX,
   chainBytes,
   chainId,
   chainSlots,
@@ -62,6 +64,7 @@ import {
   openedId,
   openedRest,
   piecesEnd,
+  walked,
 } from "../chain";
 import { Destination, end, store16, store64 } from "../guest";
 import { requestKick } from "../notify";
@@ -98,13 +101,18 @@ import {
   CARRIED_ROOM,
   CARRIED_SLOTS,
   EAGAIN,
+  EBADFD,
   EFAULT,
+  EINVAL,
+  EIO,
+  NOT_TAKEN,
   addIovec,
   addRequest,
   beginRequests,
   bounce,
   carried,
   copyBack,
+  dropIovecs,
   endRequests,
   guestAddress,
   batchIovecsLeft,
@@ -127,6 +135,13 @@ let large: bool = false;
 /** Of this turn. */
 let delivered: u64 = 0;
 let deliveredBytes: u64 = 0;
+/** What was walked before. */
+let walkedBefore: u32 = 0;
+
+/** Whether this turn has walked enough: it ends, the next one goes on. */
+function isLongTurn(): bool {
+  return walked - walkedBefore > WALK_MAX;
+}
 
 /** Makes requests to read up to `budget` frames, as far as there are buffers. @returns how many */
 export function prepareReceive(budget: u32): u32 {
@@ -134,6 +149,7 @@ export function prepareReceive(budget: u32): u32 {
   delivered = 0;
   deliveredBytes = 0;
   large = false;
+  walkedBefore = walked;
   beginFrames();
   if (!receiving || (isWaiting() && !isOffered<Destination>(waitingAt()))) return 0;
   deliverHeld();
@@ -141,7 +157,7 @@ export function prepareReceive(budget: u32): u32 {
   if (load<u32>(READS_LARGE) && load<u32>(DESTINATION_VRING, VRING_FLAGS) & VRING_MERGEABLE) askLarge();
   else {
     const reads = min(min<u32>(budget, REQUESTS_MAX), max<u32>(1, load<u32>(READS_NEXT)));
-    while (requests < reads && askOne()) {}
+    while (requests < reads && !isLongTurn() && askOne()) {}
   }
   return endRequests();
 }
@@ -172,9 +188,13 @@ function askLarge(): void {
   while (true) {
     addMerged(addedId, addedSlots, <u32>min<u64>(addedBytes, BYTES_MAX));
     slots += addedSlots;
-    if (room == 0 || room >= BYTES_MAX || slots >= size) break;
-    const position = behind<Destination>(addedAt, addedSlots);
-    if (!addChain(position, false) || slots + addedSlots > size) break;
+    if (room == 0 || room >= BYTES_MAX || slots >= size || isLongTurn()) break;
+    const iovecs = iovecsEnd;
+    if (!addChain(behind<Destination>(addedAt, addedSlots), false)) break;
+    if (slots + addedSlots > size) {
+      dropIovecs(iovecs);
+      break;
+    }
     room += addedRoom;
   }
   large = true;
@@ -192,12 +212,12 @@ let addedRoom: u32 = 0;
 function addChain(position: u32, begins: bool): bool {
   const headerBytes = begins ? load<u32>(DESTINATION_VRING, VRING_HEADER_SIZE) : 0;
   if (!openNext(position, begins)) return false;
-  const length = <u32>openedRest;
-  // The usual buffer: one descriptor
+  // The usual buffer: one descriptor. More than the largest frame is never asked for.
+  const length = min<u32>(<u32>openedRest, BYTES_MAX);
   if (
     (flagsOf<Destination>(openedRest) & LINKS) == VRING_DESC_F_WRITE &&
     length > headerBytes &&
-    translate<Destination>(openedAddress) >= <u64>length
+    translate<Destination>(openedAddress) >= (openedRest & 0xffff_ffff)
   ) {
     if (iovecsLeft(begins) < 3) return false;
     const at = guestAddress(segment, offset);
@@ -266,7 +286,7 @@ function walkNext(position: u32, begins: bool): bool {
     returnUnused();
     position = behind<Destination>(position, chainSlots);
     setNextAvail<Destination>(position);
-    if (!openNext(position, true)) return false;
+    if (isLongTurn() || !openNext(position, true)) return false;
   }
   return false;
 }
@@ -323,13 +343,13 @@ export function finishReceive(): u32 {
     count(COUNT_BYTES, deliveredBytes);
     count(COUNT_BATCHES);
   }
-  const waits: u32 = empty && !isHolding() ? POLL_FILE_WAITS : 0;
-  empty = false;
+  const waits = isHolding() ? 0 : waitsFor;
+  waitsFor = 0;
   return <u32>delivered | waits | finishDestination();
 }
 
-/** There was nothing to read for one request or more. */
-let empty: bool = false;
+/** POLL_FILE_*: there was nothing to read for one request or more. */
+let waitsFor: u32 = 0;
 
 function takeReads(): void {
   takeCompletions();
@@ -343,11 +363,10 @@ function takeReads(): void {
     if (result < <i32>(NET_HDR_SIZE + FRAME_BYTES_MIN)) {
       // Whatever it is, its chain was not used.
       inOrder = false;
-      if (result == EFAULT) count(COUNT_DROP_MALFORMED);
-      else if (result >= 0) count(COUNT_DROP_BAD_FRAME);
-      else {
-        if (result != EAGAIN) count(COUNT_DROP_NO_BUFFER);
-        empty = true;
+      if (result < 0 && result != EFAULT) waitsFor |= POLL_FILE_WAITS;
+      if (result == NOT_TAKEN) waitsFor |= POLL_FILE_ASK;
+      else if (!isNothing(result)) {
+        count(result == EFAULT ? COUNT_DROP_MALFORMED : result >= 0 ? COUNT_DROP_BAD_FRAME : COUNT_DROP_NO_BUFFER);
       }
       continue;
     }
@@ -366,7 +385,12 @@ function takeReads(): void {
     }
   }
   const reads = load<u32>(READS_NEXT);
-  store<u32>(READS_NEXT, empty ? 1 : min<u32>(REQUESTS_MAX, max<u32>(reads, 1) * READS_GROWTH));
+  store<u32>(READS_NEXT, waitsFor ? 1 : min<u32>(REQUESTS_MAX, max<u32>(reads, 1) * READS_GROWTH));
+}
+
+/** Whether a result says that there was no frame: none there, or no interface any more, or a queue that is not attached. */
+function isNothing(result: i32): bool {
+  return result == EAGAIN || result == EIO || result == EBADFD || result == EINVAL;
 }
 
 /** Gives back the chain, or chains, that a frame was read into. */
@@ -420,6 +444,7 @@ function deliverHeld(): void {
     store<u32>(HELD_NEXT, number);
     const bytes = load<u32>(carried(number), CARRIED_HELD);
     if (bytes == 0) continue;
+    if (isLongTurn()) return;
     const frame = bounce(number);
     const length = bytes - NET_HDR_SIZE;
     const outcome = deliverStored(

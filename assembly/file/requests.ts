@@ -57,7 +57,9 @@ export const CARRIED_HEADER: usize = 40;
 const IOVEC_LENGTH: usize = 8;
 const SEGMENT_BYTES: u64 = (<u64>SEGMENT_PAGES) << 16;
 
-/** Nothing came of it: it may be asked again. Also what the kernel says when there is nothing to read, or no room. */
+/** The kernel did not take the request. */
+export const NOT_TAKEN: i32 = i32.MIN_VALUE;
+/** There is nothing to read, or no room. */
 export const EAGAIN: i32 = -11;
 export const EFAULT: i32 = -14;
 export const EINVAL: i32 = -22;
@@ -103,6 +105,11 @@ export function guestAddress(segment: u32, offset: u64): u64 {
   return load<u64>(MEMORY_BASES + 8 + ((<usize>segment) << 3)) + offset;
 }
 
+/** Takes back the iovecs from `iovecs` on. */
+export function dropIovecs(iovecs: usize): void {
+  iovecsEnd = iovecs;
+}
+
 export function addIovec(address: u64, length: u32): void {
   store<u64>(iovecsEnd, address);
   store<u64>(iovecsEnd, length, IOVEC_LENGTH);
@@ -127,7 +134,7 @@ function add(operation: u32, address: u64, length: u32): void {
   store<u8>(request + load<u32>(REQUEST_FORMAT, FORMAT_OPERATION), <u8>operation);
   store<u64>(request + load<u32>(REQUEST_FORMAT, FORMAT_ADDRESS), address);
   store<u32>(request + load<u32>(REQUEST_FORMAT, FORMAT_LENGTH), length);
-  store<i32>(carried(requests), EAGAIN, CARRIED_RESULT);
+  store<i32>(carried(requests), NOT_TAKEN, CARRIED_RESULT);
   ++requests;
 }
 

@@ -22,6 +22,7 @@ import {
   PIECE_SEGMENT,
   POLL_BROKE_SOURCE,
   POLL_CALL_SOURCE,
+  POLL_FILE_ASK,
   POLL_FILE_WAITS,
   SOURCE_PIECES,
   SOURCE_VRING,
@@ -77,6 +78,7 @@ import {
   EFAULT,
   EINVAL,
   EIO,
+  NOT_TAKEN,
   addIovec,
   addRequest,
   addWhole,
@@ -218,7 +220,7 @@ export function finishSend(): u32 {
   takeCompletions();
   // Up to the last one that the kernel took: one before it that found no room is lost, or frames would change their order.
   let taken = requests;
-  while (taken != 0 && load<i32>(carried(taken - 1), CARRIED_RESULT) == EAGAIN) --taken;
+  while (taken != 0 && isForLater(load<i32>(carried(taken - 1), CARRIED_RESULT))) --taken;
   let delivered: u64 = 0;
   let bytes: u64 = 0;
   for (let number: u32 = 0; number < taken; ++number) {
@@ -235,8 +237,13 @@ export function finishSend(): u32 {
     count(COUNT_BYTES, bytes);
     count(COUNT_BATCHES);
   }
-  const waits: u32 = taken < requests ? POLL_FILE_WAITS : 0;
+  // A file that is full tells when it is not only to somebody who has asked since.
+  const waits: u32 = taken < requests ? POLL_FILE_WAITS | POLL_FILE_ASK : 0;
   return (taken + dropped) | waits | publishSource();
+}
+
+function isForLater(result: i32): bool {
+  return result == EAGAIN || result == NOT_TAKEN;
 }
 
 /** Why the kernel did not take a frame: the counter. */

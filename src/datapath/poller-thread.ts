@@ -20,6 +20,7 @@ import {
   POLL_CALL_DESTINATION,
   POLL_CALL_SOURCE,
   POLL_COUNT,
+  POLL_FILE_ASK,
   POLL_FILE_WAITS,
   POLL_PROGRESS,
   POLL_WAITING,
@@ -138,16 +139,14 @@ class PollerThread {
   #turn(lane: RunningLane): number {
     if (lane.file?.waits) return 0;
     const result = this.#call(lane, lane.file ? exchange : poll);
-    if (result & POLL_FILE_WAITS) this.#wait(lane);
+    if (result & POLL_FILE_WAITS) this.#waitForFile(lane.file as LaneFile, (result & POLL_FILE_ASK) !== 0);
     if (result > POLL_COUNT || lane.patience.waitingSince !== 0) this.#act(lane, result);
     return result & POLL_COUNT;
   }
 
-  #wait(lane: RunningLane): void {
-    const file = lane.file as LaneFile;
+  #waitForFile(file: LaneFile, asks: boolean): void {
     file.waits = true;
-    // A file that is full tells when it is not only to somebody who has asked since.
-    if (file.direction === "send") this.#epoll.watchRoom(file.fd);
+    if (asks) this.#epoll.addAgain(file.fd);
   }
 
   /** Awake, looks whether files that lanes wait for are ready, once for a batch of frames at most. @returns whether one may be */

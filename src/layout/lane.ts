@@ -139,6 +139,7 @@ export const POLL_BROKE_SOURCE = 0x4_0000;
 export const POLL_BROKE_DESTINATION = 0x8_0000;
 export const POLL_WAITING = 0x10_0000; // for receive buffers
 export const POLL_FILE_WAITS = 0x40_0000; // the file at one end is full, or empty: nothing can be done before that changes
+export const POLL_FILE_ASK = 0x80_0000; // with the former: whether it has changed is to be asked anew, it may not tell
 export const POLL_PROGRESS = 0x20_0000; // segments of a frame were delivered, of one that is complete or not
 
 // Guest segments: shared memory64 of 16 GiB each

@@ -66,7 +66,7 @@ describe("wrong usage exits with 2 and says what would be right", () => {
     [["run"], /nothing to serve/],
     [["run", "--link", "vhost-user:/a"], /write two ports joined by "="/],
     [["run", "--link", "loopback=null"], /neither end can send/],
-    [["run", "--link", "vhost-user:/a=tap:x"], /write two ports|unknown kind/],
+    [["run", "--link", "vhost-user:/a=pci:x"], /write two ports|unknown kind/],
     [["run", "--link", "vhost-user:/a=vhost-user:/a"], /named twice/],
     [["run", "--socket-path", "/a"], /belong together/],
     [["run", "--fd", "3"], /belong together/],
