@@ -1,5 +1,6 @@
 /**
- * Builds and loads bench/tap.c: the C loops that the TAP bench compares with, the interface and the clock for both sides.
+ * Builds and loads bench/tap.c: the C loops that the TAP bench compares with, the interface and the clock of both
+ * sides.
  *
  * As c-lane.ts, it calls C by itself: this library is never part of the product.
  */
@@ -7,6 +8,7 @@ import { spawnSync } from "node:child_process";
 import { mkdirSync } from "node:fs";
 import { getSystemErrorMap } from "node:util";
 import koffi from "koffi";
+import { ip } from "./tap-host.ts";
 
 const directory = "build/bench";
 const library = `${directory}/tap.so`;
@@ -40,10 +42,11 @@ export class BenchTap implements Disposable {
   readonly #sender: number;
   readonly #c: ReturnType<typeof load>;
 
-  /** @throws Error without CAP_NET_ADMIN in this network namespace */
+  /** @param queueLength frames that wait for a reader at most @throws Error without CAP_NET_ADMIN */
   constructor(name: string, queueLength: number) {
     this.#c = load();
-    this.fd = check(this.#c.open(name, queueLength), `creating the TAP interface ${name}`);
+    this.fd = check(this.#c.open(name), `creating the TAP interface ${name}`);
+    ip(`link set ${name} txqueuelen ${queueLength} up`);
     this.#sender = check(this.#c.sender(name), `opening a packet socket on ${name}`);
   }
 
@@ -81,7 +84,7 @@ function load() {
   const c = koffi.load(library);
   const frames = "uintptr_t frames, uint32_t stride, uint32_t buffers";
   return {
-    open: c.func("int tap_open(const char *name, int queue_length)"),
+    open: c.func("int tap_open(const char *name)"),
     sender: c.func("int tap_sender(const char *name)"),
     fill: c.func("int tap_fill(int sender, uintptr_t frame, uint32_t bytes, uint32_t count)"),
     threadNs: c.func("double tap_thread_ns()"),

@@ -1,8 +1,8 @@
 /**
  * Carriers in turns on one TAP interface, in one thread: the C loops of tap.c and what is compared with them.
  *
- * Only a carrier's own part is timed, in CPU time of the thread: waiting for a CPU that others use does not count. A turn is a
- * few hundred frames, so all carriers see the same phases of a machine that changes its speed.
+ * Only a carrier's own part is timed, in CPU time of the thread: waiting for a CPU that others use does not count. A
+ * turn is a few milliseconds: the machine changes its speed more slowly than that.
  */
 import type { BenchTap, Frames } from "./c-tap.ts";
 import { median } from "./figures.ts";
@@ -10,11 +10,11 @@ import { median } from "./figures.ts";
 /** What carries frames from guest memory to the TAP interface, or from its queue into guest memory. */
 export interface Carrier {
   readonly name: string;
-  /** Frames of one turn. */
+  /** Of one carry(). */
   readonly frames: number;
   /** Not timed: the guest's part. */
   prepare(): void;
-  /** @returns ns of CPU time for `frames` frames */
+  /** Carries so many frames. @returns ns of CPU time */
   carry(): number;
 }
 
@@ -26,6 +26,8 @@ export const QUEUE_LENGTH = 4096;
 /** Frames that wait in it at the start of a turn: some room is left for what the host itself may send. */
 const QUEUE_DEPTH = QUEUE_LENGTH - 128;
 const QUEUE_BYTES = 64 << 20;
+/** So long that what the carriers before it left in the caches does not count. */
+const TURN_NS = 5e6;
 const SLICE_NS = 25e6;
 const WARM_UP_NS = 10e6;
 /** V8 compiles the core anew in the background when it has run for a while. */
@@ -52,20 +54,24 @@ export function takeTurns(
   const depth = Math.min(QUEUE_DEPTH, Math.floor(QUEUE_BYTES / frames.frameBytes));
   tap.drain();
   if (direction === "receive") tap.fill(frames, depth);
-  const turn = (carrier: Carrier): number => {
-    carrier.prepare();
-    const ns = carrier.carry();
-    if (direction === "receive") tap.fill(frames, carrier.frames);
-    return ns / carrier.frames;
+  /** Carries on until it has taken so long. @returns how long */
+  const turn = (carrier: Carrier, figures: number[]): number => {
+    let spent = 0;
+    while (spent < TURN_NS) {
+      carrier.prepare();
+      const ns = carrier.carry();
+      if (direction === "receive") tap.fill(frames, carrier.frames);
+      figures.push(ns / carrier.frames);
+      spent += ns;
+    }
+    return spent;
   };
   const slice = (first: number, ns: number): number[] => {
     const figures = carriers.map((): number[] => []);
     for (const spent = carriers.map(() => 0); Math.min(...spent) < ns;) {
       for (let i = 0; i < carriers.length; i++) {
         const which = (first + i) % carriers.length;
-        const figure = turn(carriers[which]!);
-        figures[which]!.push(figure);
-        spent[which]! += figure * carriers[which]!.frames;
+        spent[which]! += turn(carriers[which]!, figures[which]!);
       }
     }
     return figures.map(median);

@@ -1,8 +1,9 @@
 /*
- * The bound of bench/tap.ts: what a C program pays to write frames to a TAP interface and to read them from it, one system
- * call a frame. Also what both sides of the bench need: the interface, frames in its queue, and the thread's clock.
+ * The bound of bench/tap.ts: what a C program pays to write frames to a TAP interface and to read them from it, one
+ * system call a frame. Also what both sides of the bench need: the interface, frames in its queue, and the thread's
+ * clock.
  *
- * Built by c-tap.ts. Frames lie in `stride` bytes each, behind a net header of 12 bytes. Functions that fail return -errno.
+ * Built by c-tap.ts. Frames lie in `stride` bytes each, behind a net header of 12 bytes. What fails returns -errno.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -25,24 +26,12 @@
 #define PACKET_HDR_SIZE 10
 #define BURST 32
 
-static int request(int socket, unsigned long number, struct ifreq *ifr) { return ioctl(socket, number, ifr) < 0 ? -errno : 0; }
-
-/* Brings an interface up. queue_length: frames that wait for a reader at most; 0: as it is. */
-static int bring_up(const char *name, int queue_length) {
-  const int control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-  if (control < 0) return -errno;
-  struct ifreq ifr = {.ifr_qlen = queue_length};
-  strncpy(ifr.ifr_name, name, IFNAMSIZ - 1);
-  int result = queue_length ? request(control, SIOCSIFTXQLEN, &ifr) : 0;
-  if (result == 0) result = request(control, SIOCGIFFLAGS, &ifr);
-  ifr.ifr_flags |= IFF_UP;
-  if (result == 0) result = request(control, SIOCSIFFLAGS, &ifr);
-  close(control);
-  return result;
+static int request(int socket, unsigned long number, struct ifreq *ifr) {
+  return ioctl(socket, number, ifr) < 0 ? -errno : 0;
 }
 
-/* Creates a TAP interface that takes every offload, and brings it up. The queue's fd; the interface goes with it. */
-int tap_open(const char *name, int queue_length) {
+/* Creates a TAP interface that takes every offload. The queue's fd; the interface goes with it. */
+int tap_open(const char *name) {
   const int fd = open("/dev/net/tun", O_RDWR | O_NONBLOCK | O_CLOEXEC);
   if (fd < 0) return -errno;
   struct ifreq ifr = {.ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE};
@@ -51,7 +40,6 @@ int tap_open(const char *name, int queue_length) {
   int result = request(fd, TUNSETIFF, &ifr);
   if (result == 0 && ioctl(fd, TUNSETVNETHDRSZ, &header) < 0) result = -errno;
   if (result == 0 && ioctl(fd, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6) < 0) result = -errno;
-  if (result == 0) result = bring_up(name, queue_length);
   if (result < 0) close(fd);
   return result < 0 ? result : fd;
 }

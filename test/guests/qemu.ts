@@ -29,8 +29,6 @@ export interface QemuOptions extends GuestOptions {
   readonly legacy?: boolean;
   /** QEMU listens on `socket`, and starts the guest when the back-end has come. Otherwise it dials, again every second. */
   readonly listen?: boolean;
-  /** Name of a TAP interface for QEMU's own back-end to make, in the place of vhost-user; `socket` is not used then. */
-  readonly tap?: string;
   /** QEMU's arguments for memory and NIC, in place of those that it gets by the options above. */
   readonly arguments?: readonly string[];
   /** The command that runs it somewhere else, such as `inside` of a Network. */
