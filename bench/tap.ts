@@ -28,7 +28,7 @@ const help = `npm run bench:tap -- [OPTIONS]
 Options:
   --only PARTS     some of them, such as loop,latency; default: all that can run here
   --rounds N       turns that each contestant gets; default 7
-  --cpus A,B       CPU of the loops and of back-ends, CPU of testpmd's VM; default 0,1
+  --cpus A,B       CPU of the loops and of back-ends, CPU of testpmd's VM; default 0,1 if there are two
   --rings RINGS    of the loop: split or packed; default split
   --json           the loop's figures as one line of JSON at the end
   --help
@@ -71,7 +71,7 @@ const { values: options } = parseArgs({
   options: {
     only: { type: "string", default: PARTS.join() },
     rounds: { type: "string", default: "7" },
-    cpus: { type: "string", default: "0,1" },
+    cpus: { type: "string", default: `0,${Math.min(1, availableParallelism() - 1)}` },
     rings: { type: "string", default: "split" },
     json: { type: "boolean", default: false },
     help: { type: "boolean", default: false },
