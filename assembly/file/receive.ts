@@ -41,6 +41,7 @@ import {
   IOVEC_BYTES,
   READS_LARGE,
   READS_NEXT,
+  READS_SINCE,
   READ_BYTES_MAX,
   REQUESTS_MAX,
   REQUEST_IOVECS_MAX,
@@ -127,8 +128,6 @@ const LINKS: u32 = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIREC
 const BYTES_MAX: u32 = NET_HDR_SIZE + FILE_FRAME_BYTES_MAX;
 /** Small frames in turn after which reads are small again. */
 const LARGE_FRAMES: u32 = 64;
-/** Reads that are asked for at once grow by this factor as long as there is something to read for each. */
-const READS_GROWTH: u32 = 4;
 
 /** Whether the requests are one read with several chains. */
 let large: bool = false;
@@ -355,6 +354,7 @@ function takeReads(): void {
   takeCompletions();
   const first = nextAvail<Destination>();
   let inOrder: bool = true;
+  let found: u32 = 0;
   store<u32>(HELD_NEXT, 0);
   store<u32>(HELD_END, 0);
   for (let number: u32 = 0; number < requests; ++number) {
@@ -370,6 +370,7 @@ function takeReads(): void {
       }
       continue;
     }
+    ++found;
     const room = load<u32>(record, CARRIED_ROOM);
     if (<u32>result == room && room > load<u32>(READ_BYTES_MAX)) {
       // Longer than any frame can be, and there was no bounce: the interface's MTU has just changed.
@@ -384,8 +385,10 @@ function takeReads(): void {
       hold(record, number, result, fits);
     }
   }
-  const reads = load<u32>(READS_NEXT);
-  store<u32>(READS_NEXT, waitsFor ? 1 : min<u32>(REQUESTS_MAX, max<u32>(reads, 1) * READS_GROWTH));
+  // A read that finds nothing costs half of one that does: half as many as have come since there was nothing.
+  const since = load<u32>(READS_SINCE) + found;
+  store<u32>(READS_NEXT, min<u32>(REQUESTS_MAX, max<u32>(1, since >> 1)));
+  store<u32>(READS_SINCE, waitsFor ? 0 : min<u32>(since, 2 * REQUESTS_MAX));
 }
 
 /** Whether a result says that there was no frame: none there, or no interface any more, or a queue that is not attached. */

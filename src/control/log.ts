@@ -67,6 +67,8 @@ function describe(event: RelayEvent): { subject: string; text: string } {
       return { subject: event.lane, text: `stopped by a trap, please report this: ${event.reason}` };
     case "method":
       return { subject: event.port, text: `interface ${event.name} is reached by ${methodOf(event)}` };
+    case "unreachable":
+      return { subject: event.lane, text: `does not run: ${event.reason}` };
     case "refused":
       return { subject: event.lane, text: `its file is reached by ${methodOf(event)}` };
     case "fatal":

@@ -57,7 +57,15 @@ import {
   VRING_USED_SEGMENT,
   VRING_WAITING,
 } from "../layout/lane.ts";
-import { HELD_END, HELD_NEXT, MEMORY_BASES, READS_LARGE, READS_NEXT, READ_BYTES_MAX } from "../layout/requests.ts";
+import {
+  HELD_END,
+  HELD_NEXT,
+  MEMORY_BASES,
+  READS_LARGE,
+  READS_NEXT,
+  READS_SINCE,
+  READ_BYTES_MAX,
+} from "../layout/requests.ts";
 import { NET_HDR_SIZE } from "../layout/virtio.ts";
 import type { Extent } from "../memory/guest-memory.ts";
 import type { InflightPlace, RunningVring } from "../ports/port.ts";
@@ -127,7 +135,7 @@ export class Lane {
       this.#starts[end] = vring.start;
       view.setUint32(at + VRING_NEXT_AVAIL, vring.base, true);
       view.setUint32(at + VRING_SEGMENTS_SENT, 0, true);
-      for (const word of [READS_NEXT, READS_LARGE, HELD_NEXT, HELD_END]) view.setUint32(word, 0, true);
+      for (const word of [READS_NEXT, READS_SINCE, READS_LARGE, HELD_NEXT, HELD_END]) view.setUint32(word, 0, true);
     }
     view.setUint32(at + VRING_SIZE, vring.size, true);
     view.setUint32(at + VRING_HEADER_SIZE, vring.headerBytes, true);

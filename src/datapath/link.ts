@@ -98,7 +98,7 @@ export class Link {
     return this.ports.find(isFilePort);
   }
 
-  /** The core broke a virtqueue: a lane without a transmitq runs no more, one without a receiveq follows another. */
+  /** The core broke a virtqueue, or trapped: a lane without a transmitq runs no more, one without a receiveq follows another. */
   settle(): void {
     // A poller that has ended has nothing to settle.
     this.#change(() => undefined).catch(() => undefined);
@@ -169,7 +169,9 @@ export class Link {
   /** Tells the interface at one end what the guest at the other one takes, and for which queue pairs. */
   #tellFile(): void {
     const guest = this.ports.find(isGuestPort);
-    const receiving = this.lanes.filter((placed) => isFilePort(placed.source) && isReceiving(placed));
+    const receiving = this.lanes.filter(
+      (placed) => isFilePort(placed.source) && isReceiving(placed) && !placed.trapped,
+    );
     if (guest) this.#file?.follow(guest.acknowledged, (pair) => receiving.some((placed) => placed.pair === pair));
   }
 

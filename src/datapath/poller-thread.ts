@@ -254,9 +254,8 @@ class PollerThread {
     try {
       this.#run(task);
     } catch (error) {
-      // Its file cannot be reached.
       if (!(error instanceof SystemError)) throw error;
-      this.#post({ type: "trapped", lane: task.lane, reason: error.message });
+      this.#post({ type: "unreachable", lane: task.lane, reason: error.message });
     }
   }
 
@@ -304,6 +303,7 @@ class PollerThread {
     const had = before?.file;
     if (had?.fd === task.fd && before?.memory === memory) return { ...had, waits: false };
     had?.requests.close();
+    if (before) before.file = undefined; // whatever comes of the next one
     const target = { memory, fd: task.fd, direction: task.direction };
     const { queue, refused } = openRequestQueue(target, task.methods);
     if (refused.length > 0) this.#post({ type: "refused", lane: id, refused, method: queue.method });

@@ -68,6 +68,8 @@ export type PollerMessage =
 export type PollerEvent =
   /** A driver broke the format of its virtqueue; the core stopped it. */
   | { type: "broken"; lane: number; end: "source" | "destination" }
+  /** Its file cannot be reached in any way; it does not run until the next change. */
+  | { type: "unreachable"; lane: number; reason: string }
   /** Its file is not reached in the first of the ways asked for. */
   | { type: "refused"; lane: number; refused: RefusedMethod[]; method: RequestMethod }
   /** The lane's code trapped: our bug. It is parked for good. */

@@ -8,7 +8,6 @@ import { parsePort } from "../ports/spec.ts";
 import type { TapEvent } from "../ports/tap.ts";
 import { TapPort } from "../ports/tap.ts";
 import { VhostUserPort } from "../ports/vhost-user.ts";
-import type { SocketAddress } from "../vhost-user/endpoint.ts";
 import type { ServerEvent } from "../vhost-user/server.ts";
 import type { LaneCounters } from "./lane.ts";
 import { Link, receiver, receiveq, transmitq, type PlacedLane } from "./link.ts";
@@ -42,6 +41,8 @@ export type RelayEvent =
   | ({ port: string } & TapEvent)
   | { type: "broken"; lane: string; port: string; virtqueue: number }
   | { type: "trapped"; lane: string; reason: string }
+  /** A lane cannot reach its file, and does not run until something changes at its link. */
+  | { type: "unreachable"; lane: string; reason: string }
   /** A lane does not reach its file in the way that was chosen, but in another one. */
   | { type: "refused"; lane: string; refused: RefusedMethod[]; method: RequestMethod }
   /** A poller died; the relay cannot go on. */
@@ -89,10 +90,9 @@ export class Relay implements AsyncDisposable {
     const ends = options.links.map((pair) =>
       pair.map((port) => parsePort(typeof port === "string" ? port : `vhost-user:fd=${port.fd}`)),
     );
-    const sockets = ends.flat().flatMap((port) => (port.kind === "vhost-user" ? [nameOf(port.socket)] : []));
-    const twice = sockets.find((name, i) => sockets.indexOf(name) !== i);
-    if (twice !== undefined)
-      throw new ConfigError(`socket ${twice} is named twice; each port needs a socket of its own`);
+    const names = ends.flat().flatMap(namesOf);
+    const twice = names.find((name, i) => names.indexOf(name) !== i);
+    if (twice !== undefined) throw new ConfigError(`${twice} is named twice; each port needs one of its own`);
     for (const [a, b] of ends) {
       if (a?.kind !== "vhost-user" && b?.kind !== "vhost-user") {
         throw new ConfigError(`link ${a?.text}=${b?.text}: neither end can send; one must be a vhost-user port`);
@@ -168,7 +168,8 @@ export class Relay implements AsyncDisposable {
     if (message.type === "trapped") {
       placed.trapped = true;
       this.#onEvent({ type: "trapped", lane: lane.name, reason: message.reason });
-    } else if (message.type === "refused") {
+      link.settle();
+    } else if (message.type !== "broken") {
       this.#onEvent({ ...message, lane: lane.name });
     } else {
       const port = message.end === "source" ? source : destination;
@@ -199,8 +200,11 @@ function callOutside(onEvent: RelayOptions["onEvent"], event: RelayEvent): void 
 
 type Spec = ReturnType<typeof parsePort>;
 
-function nameOf(socket: SocketAddress): string {
-  return "fd" in socket ? `fd ${socket.fd}` : socket.path;
+/** What a port has for itself alone. */
+function namesOf(port: Spec): string[] {
+  if (port.kind === "vhost-user") return ["fd" in port.socket ? `fd ${port.socket.fd}` : `socket ${port.socket.path}`];
+  if (port.kind !== "tap" || port.interface === "new") return [];
+  return "name" in port.interface ? [`interface ${port.interface.name}`] : port.interface.fds.map((fd) => `fd ${fd}`);
 }
 
 function portState(port: AnyPort): PortState {

@@ -43,6 +43,7 @@ export const FILE_FRAME_BYTES_MAX = 65_600;
 // Of a lane that reads (u32 each)
 export const READ_BYTES_MAX = 0x28_3090; // no frame is longer, net header included; a buffer with more room needs no bounce
 export const READS_NEXT = 0x28_3080; // how many reads to ask for at once
+export const READS_SINCE = 0x28_3094; // frames read since there was nothing to read, as far as that matters
 export const READS_LARGE = 0x28_3084; // for so many frames more, one read at a time has all buffers that a large frame takes
 export const HELD_NEXT = 0x28_3088; // frames that were read and not delivered: number of the first one's request
 export const HELD_END = 0x28_308c; // and the number behind the last one's; equal: none
