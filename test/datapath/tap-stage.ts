@@ -21,7 +21,7 @@ const ROUNDS_MAX = 20_000;
 
 /** Once, at the top of a test file. @returns why its tests cannot run here, or undefined if they can */
 export function enterNetwork(): string | undefined {
-  const reason = missingTools("ip") ?? enterNewNetwork();
+  const reason = missingTools("ip", "ethtool") ?? enterNewNetwork();
   // IPv6 speaks by itself.
   if (reason === undefined) writeFileSync("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
   return reason;
