@@ -7,6 +7,8 @@ export default defineConfig({
     exclude: [...configDefaults.exclude, "test/guests/**"],
     // Processes of their own: tests count the fds and mappings of theirs.
     pool: "forks",
+    // A wait ends when what is waited for is there; how long that takes is the machine's affair.
+    expect: { poll: { timeout: 60_000 } },
     testTimeout: 120_000,
     hookTimeout: 120_000,
   },

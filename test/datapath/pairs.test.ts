@@ -336,12 +336,13 @@ it("a shared receiveq without buffers costs frames after the stall limit, until 
   const dropped = () => drops("a").all;
   await expect.poll(() => (traffic.send(128), dropped()), { interval: 1 }).toBeGreaterThan(1000);
   await traffic.settle(dropped);
-  const before = dropped();
+  // While this thread does not run, frames may be dropped again.
   for (let turn = 0; turn < 5; turn++) {
+    const before = traffic.received;
     traffic.send(30);
     await traffic.settle(dropped);
+    expect(traffic.received).toBeGreaterThan(before);
   }
-  expect(dropped()).toBe(before);
 });
 
 it("followers keep the inflight header of the receiveq that they share, and their own one's as it was", async () => {

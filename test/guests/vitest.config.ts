@@ -9,6 +9,8 @@ export default defineConfig({
     include: ["test/guests/**/*.test.ts"],
     fileParallelism: false,
     // what hangs is reported by program.ts, with the program's output, before this
+    // A wait ends when what is waited for is there; how long that takes is the machine's affair.
+    expect: { poll: { timeout: 60_000 } },
     testTimeout: 300_000,
     hookTimeout: 300_000,
   },
