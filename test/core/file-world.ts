@@ -104,7 +104,7 @@ export class FileDriver {
     const lent = table === undefined ? parts : [...parts, { gpa: table, len: 16 * chain.length }];
     let done = 0;
     for (const { gpa, len } of parts) {
-      if (len === 0) continue;
+      if (len === 0 || !this.#isRam(gpa)) continue;
       this.#touch(gpa, len);
       if (content) this.#ram.slice(gpa, len).set(content.subarray(done, done + len));
       done += len;
@@ -112,7 +112,7 @@ export class FileDriver {
     const added = { id, parts, lent, number: this.#numbers + 1, published: false, content: this.#contentOf(parts) };
     for (const [i, part] of lent.entries()) {
       if (i < parts.length) this.#buffers.set(++this.#numbers, added);
-      if (part.len > 0) this.#lend(part, i < parts.length ? this.#numbers : TABLE);
+      if (part.len > 0 && this.#isRam(part.gpa)) this.#lend(part, i < parts.length ? this.#numbers : TABLE);
     }
     this.#outstanding.push(added);
     return true;
@@ -132,7 +132,7 @@ export class FileDriver {
     const bytes = this.#contentOf(first.parts);
     const { usedLen } = this.queue;
     if (Buffer.compare(bytes.subarray(usedLen), first.content.subarray(usedLen)) !== 0) this.scribbled++;
-    for (const part of first.lent) if (part.len > 0) this.#lend(part, 0);
+    for (const part of first.lent) if (part.len > 0 && this.#isRam(part.gpa)) this.#lend(part, 0);
     for (let i = 0; i < first.parts.length; i++) this.#buffers.delete(first.number + i);
     return bytes.subarray(0, usedLen);
   }
@@ -148,8 +148,15 @@ export class FileDriver {
     return this.#buffers.get(number)?.published === true && this.#lent[at + length - 1] === number;
   }
 
+  /** A bad buffer may lie in no RAM at all. */
+  #isRam(gpa: bigint): boolean {
+    return this.#ram.regions.some((region) => gpa >= region.gpa && gpa < region.gpa + BigInt(region.sizeBytes));
+  }
+
   #contentOf(parts: readonly Part[]): Buffer {
-    return Buffer.concat(parts.filter(({ len }) => len > 0).map(({ gpa, len }) => this.#ram.slice(gpa, len)));
+    return Buffer.concat(
+      parts.filter(({ gpa, len }) => len > 0 && this.#isRam(gpa)).map(({ gpa, len }) => this.#ram.slice(gpa, len)),
+    );
   }
 
   /** RAM that the device does not have; undefined: there is none, in turn. */
@@ -355,8 +362,8 @@ export class FileWorld extends FileLane {
     return count;
   }
 
-  /** Takes back what was received, whole frames, into `received`. @returns how many chains */
-  reapReceived(): number {
+  /** Takes back what was received, whole frames, into `received`. @param empty some may come back empty @returns how many chains */
+  reapReceived({ empty = false } = {}): number {
     let count = 0;
     const { headerBytes, mergeable } = this.ring;
     for (let first; (first = this.driver.reap()); count++) {
@@ -368,7 +375,8 @@ export class FileWorld extends FileLane {
         parts.push(part);
         count++;
       };
-      if (first.length === 0) throw new Error("a chain came back empty");
+      if (first.length === 0 && !empty) throw new Error("a chain came back empty");
+      if (first.length === 0) continue;
       while (bytes().length < headerBytes) more();
       if (headerBytes === 12) for (const chains = bytes().readUInt16LE(10); parts.length < chains;) more();
       if (headerBytes === 12 && bytes().readUInt16LE(10) !== parts.length) throw new Error("wrong num_buffers");
