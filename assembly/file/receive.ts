@@ -138,9 +138,10 @@ function takeReads(): void {
     if (result < <i32>(NET_HDR_SIZE + FRAME_BYTES_MIN)) {
       // Whatever it is, its chain was not used.
       inOrder = false;
+      // Not taken, and none before it found nothing: perhaps there is something, and no news of it will come.
+      if (result == NOT_TAKEN && !waitsFor) waitsFor = POLL_FILE_ASK;
       if (result < 0 && result != EFAULT) waitsFor |= POLL_FILE_WAITS;
-      if (result == NOT_TAKEN) waitsFor |= POLL_FILE_ASK;
-      else if (!isNothing(result)) {
+      if (!isNothing(result)) {
         count(result == EFAULT ? COUNT_DROP_MALFORMED : result >= 0 ? COUNT_DROP_BAD_FRAME : COUNT_DROP_NO_BUFFER);
       }
       continue;
@@ -166,9 +167,9 @@ function takeReads(): void {
   store<u32>(READS_SINCE, waitsFor ? 0 : min<u32>(since, 2 * REQUESTS_MAX));
 }
 
-/** Whether a result says that there was no frame: none there, or no interface any more, or a queue that is not attached. */
+/** Whether a result says that there was no frame: nobody looked, none there, or no interface any more, or a queue that is not attached. */
 function isNothing(result: i32): bool {
-  return result == EAGAIN || result == EIO || result == EBADFD || result == EINVAL;
+  return result == NOT_TAKEN || result == EAGAIN || result == EIO || result == EBADFD || result == EINVAL;
 }
 
 /** Gives back the chain, or chains, that a frame was read into. */
