@@ -82,6 +82,8 @@ const ETHERTYPE = 0x88b5;
 export const FRAME_BYTES_MIN = 14;
 export const HOST_MAC = "020000000001";
 export const GUEST_MAC = "020000000002";
+/** A bridge sends it to all ports, and keeps no copy. */
+const NOBODY_MAC = "020000000003";
 
 const filling = Buffer.from(Uint8Array.from({ length: 70_000 }, (_, i) => (i * i * 7 + (i >> 3)) & 0xff));
 
@@ -89,7 +91,7 @@ const filling = Buffer.from(Uint8Array.from({ length: 70_000 }, (_, i) => (i * i
 export function numbered(k: number, length: number): Buffer {
   const start = k % 251;
   const bytes = Buffer.from(filling.subarray(start, start + length));
-  bytes.write("ffffffffffff02", "hex");
+  bytes.write(`${NOBODY_MAC}02`, "hex");
   bytes.writeUInt32BE(k, 7);
   bytes[11] = 0;
   bytes.writeUInt16BE(ETHERTYPE, 12);
