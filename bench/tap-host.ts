@@ -1,7 +1,15 @@
 /** The host's end of the TAP bench: addresses, counters, pings. In the network namespace that tap.ts has made. */
 import { execFile, spawnSync } from "node:child_process";
 import { readFileSync } from "node:fs";
+import { setTimeout as delay } from "node:timers/promises";
 import { promisify } from "node:util";
+
+const IPERF_ATTEMPTS = 10;
+
+interface IperfReport {
+  readonly error?: string;
+  readonly end: { readonly sum_received?: { readonly bits_per_second: number } };
+}
 
 const execFileAsync = promisify(execFile);
 
@@ -19,13 +27,21 @@ export async function ping(address: string, count: number, intervalSeconds: numb
   return Array.from(stdout.matchAll(/ time=([\d.]+) ms/g), ([, milliseconds]) => Number(milliseconds) * 1000);
 }
 
-/** Mbit/s of TCP between the host and an iperf3 server on a guest. @param options of the client */
+/**
+ * Mbit/s of TCP between the host and an iperf3 server on a guest.
+ * @param seconds a whole number
+ * @param options of the client
+ */
 export async function iperf(server: string, seconds: number, ...options: string[]): Promise<number> {
   const command = ["--json", "--client", server, "--time", String(seconds), ...options];
-  const { stdout } = await execFileAsync("iperf3", command).catch((error: { stdout: string }) => error);
-  const report = JSON.parse(stdout) as { error?: string; end: { sum_received?: { bits_per_second: number } } };
-  if (report.error !== undefined) throw new Error(`iperf3 ${command.join(" ")}: ${report.error}`);
-  return (report.end.sum_received?.bits_per_second ?? 0) / 1e6;
+  for (let attempt = 1; ; attempt++) {
+    const { stdout } = await execFileAsync("iperf3", command).catch((error: { stdout: string }) => error);
+    const { error, end } = JSON.parse(stdout) as IperfReport;
+    if (error === undefined) return (end.sum_received?.bits_per_second ?? 0) / 1e6;
+    // a server needs a moment between two clients
+    if (attempt === IPERF_ATTEMPTS) throw new Error(`iperf3 ${command.join(" ")}: ${error}`);
+    await delay(200);
+  }
 }
 
 /** What an interface has received from, and delivered to, whoever holds its queue. @throws Error if it is not there */

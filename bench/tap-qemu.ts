@@ -13,7 +13,7 @@ import { ip, iperf, ping } from "./tap-host.ts";
 
 const PINGS = 100;
 const PAUSE_SECONDS = 0.005;
-const TCP_SECONDS = 1.5;
+const TCP_SECONDS = 2;
 /** A round takes several seconds. */
 const ROUNDS_MAX = 3;
 
