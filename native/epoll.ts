@@ -60,6 +60,16 @@ export class Epoll {
     return this.#events.readUInt32LE(i * EVENT_SIZE + DATA_OFFSET);
   }
 
+  /** Whether there may be something to read in the i-th fd, or an error to meet. */
+  isReadable(i: number): boolean {
+    return (this.#events.readUInt32LE(i * EVENT_SIZE) & ~EPOLLOUT) !== 0;
+  }
+
+  /** Whether there may be room to write to it, or an error to meet. */
+  isWritable(i: number): boolean {
+    return (this.#events.readUInt32LE(i * EVENT_SIZE) & ~EPOLLIN) !== 0;
+  }
+
   close(): void {
     close(this.#fd);
   }

@@ -4,7 +4,7 @@
  * Each of the two areas fits into one page: before Linux 6.10 they had to be contiguous in physical memory. The kernel
  * has both pages pinned until the ring is gone.
  *
- * With RWF_NOWAIT a request completes while it is submitted. Without it one that finds the file empty or full stays
+ * With RWF_NOWAIT a request completes before the call returns that submits it and waits for all. Without it one that finds the file empty or full stays
  * behind, O_NONBLOCK or not, and is carried out late and in any order.
  *
  * Sources: io_uring_setup(2), io_uring_enter(2), io_uring_register(2); linux/io_uring.h.
@@ -121,7 +121,8 @@ export class UringQueue implements FormattedQueue {
   submit(count: number): void {
     let taken: number;
     do {
-      taken = enter(SYS_io_uring_enter, this.#fd, count, 0, ENTER_GETEVENTS, null);
+      // Requests that find the file empty or full complete by task work, of which the kernel does a part unless it waits for all.
+      taken = enter(SYS_io_uring_enter, this.#fd, count, count, ENTER_GETEVENTS, null);
     } while (taken < 0 && errno() === EINTR);
     // The kernel's head is where it stopped.
     if (taken !== count) this.#tail[0] = this.#head[0]!;

@@ -14,16 +14,17 @@ import {
   COUNT_BYTES,
   COUNT_DROP_BAD_FRAME,
   COUNT_DROP_MALFORMED,
-  COUNT_DROP_NO_BUFFER,
   COUNT_DROP_TOO_SMALL,
   COUNT_PACKETS,
   DESTINATION_VRING,
   FRAME_BYTES_MIN,
+  OFFLOAD_CSUM,
   POLL_FILE_ASK,
   POLL_FILE_WAITS,
   VRING_FLAGS,
   VRING_HEADER_SIZE,
   VRING_MERGEABLE,
+  VRING_OFFLOADS,
 } from "../../src/layout/lane.ts";
 import {
   FILE_HEADERS,
@@ -36,8 +37,8 @@ import {
   READ_BYTES_MAX,
   REQUESTS_MAX,
 } from "../../src/layout/requests.ts";
-import { NET_HDR_CSUM_OFFSET, NET_HDR_NUM_BUFFERS, NET_HDR_SIZE } from "../../src/layout/virtio.ts";
-import { Destination, end, store16, store64 } from "../guest";
+import { NET_HDR_CSUM_OFFSET, NET_HDR_FLAGS, NET_HDR_NUM_BUFFERS, NET_HDR_SIZE } from "../../src/layout/virtio.ts";
+import { Destination, end, store16, store64, store8 } from "../guest";
 import { requestKick } from "../notify";
 import { give, isOffered } from "../ring";
 import { count } from "../stats";
@@ -70,7 +71,6 @@ import {
   EFAULT,
   EINVAL,
   EIO,
-  NOT_TAKEN,
   beginRequests,
   bounce,
   carried,
@@ -130,6 +130,7 @@ function takeReads(): void {
   const first = nextAvail<Destination>();
   let inOrder: bool = true;
   let found: u32 = 0;
+  let foundEmpty: bool = false;
   store<u32>(HELD_NEXT, 0);
   store<u32>(HELD_END, 0);
   for (let number: u32 = 0; number < requests; ++number) {
@@ -138,11 +139,11 @@ function takeReads(): void {
     if (result < <i32>(NET_HDR_SIZE + FRAME_BYTES_MIN)) {
       // Whatever it is, its chain was not used.
       inOrder = false;
-      // Not taken, and none before it found nothing: perhaps there is something, and no news of it will come.
-      if (result == NOT_TAKEN && !waitsFor) waitsFor = POLL_FILE_ASK;
-      if (result < 0 && result != EFAULT) waitsFor |= POLL_FILE_WAITS;
-      if (!isNothing(result)) {
-        count(result == EFAULT ? COUNT_DROP_MALFORMED : result >= 0 ? COUNT_DROP_BAD_FRAME : COUNT_DROP_NO_BUFFER);
+      if (result >= 0) count(COUNT_DROP_BAD_FRAME);
+      else if (result == EFAULT) count(COUNT_DROP_MALFORMED);
+      else {
+        waitsFor = POLL_FILE_WAITS;
+        if (isEmpty(result)) foundEmpty = true;
       }
       continue;
     }
@@ -161,15 +162,17 @@ function takeReads(): void {
       hold(record, number, result, fits);
     }
   }
+  // Nothing was read, nor found to be empty: perhaps there is something, and no news of it will come.
+  if (waitsFor && !foundEmpty) waitsFor |= POLL_FILE_ASK;
   // A read that finds nothing costs half of one that does: half as many as have come since there was nothing.
   const since = load<u32>(READS_SINCE) + found;
   store<u32>(READS_NEXT, min<u32>(REQUESTS_MAX, max<u32>(1, since >> 1)));
   store<u32>(READS_SINCE, waitsFor ? 0 : min<u32>(since, 2 * REQUESTS_MAX));
 }
 
-/** Whether a result says that there was no frame: nobody looked, none there, or no interface any more, or a queue that is not attached. */
-function isNothing(result: i32): bool {
-  return result == NOT_TAKEN || result == EAGAIN || result == EIO || result == EBADFD || result == EINVAL;
+/** Whether a result says that there is no frame: none now, no interface any more, or a queue that is not attached. */
+function isEmpty(result: i32): bool {
+  return result == EAGAIN || result == EIO || result == EBADFD || result == EINVAL;
 }
 
 /** Gives back the chain, or chains, that a frame was read into. */
@@ -187,10 +190,12 @@ function deliverRead(record: usize, number: u32, first: u32, bytes: u32): void {
   }
   const headerSegment = load<u32>(record, CARRIED_HEADER_SEGMENT);
   const header = load<u64>(record, CARRIED_HEADER);
-  if (headerBytes == NET_HDR_SIZE) store16(end<Destination>(), headerSegment, header + NET_HDR_NUM_BUFFERS, chains);
-  else {
+  if (headerBytes == NET_HDR_SIZE) {
+    if (!takesFlags()) store8(end<Destination>(), headerSegment, header + NET_HDR_FLAGS, 0);
+    store16(end<Destination>(), headerSegment, header + NET_HDR_NUM_BUFFERS, chains);
+  } else {
     const own: usize = FILE_HEADERS + <usize>number * FILE_HEADER_BYTES;
-    store64(end<Destination>(), headerSegment, header, load<u64>(own));
+    store64(end<Destination>(), headerSegment, header, withFlags(load<u64>(own)));
     store16(end<Destination>(), headerSegment, header + NET_HDR_CSUM_OFFSET, load<u16>(own, NET_HDR_CSUM_OFFSET));
   }
   if (isLarge) giveMerged();
@@ -201,6 +206,16 @@ function deliverRead(record: usize, number: u32, first: u32, bytes: u32): void {
   setNextAvail<Destination>(position);
   ++delivered;
   deliveredBytes += bytes - NET_HDR_SIZE;
+}
+
+/** Whether a header's flags mean anything to the driver. The kernel says of a checksum that it is good whether asked or not. */
+function takesFlags(): bool {
+  return (load<u32>(DESTINATION_VRING, VRING_OFFLOADS) & OFFLOAD_CSUM) != 0;
+}
+
+/** The word of a header with the flags that the driver takes (virtio 1.3, 5.1.6.4.1). */
+function withFlags(word: u64): u64 {
+  return takesFlags() ? word : word & ~0xff;
 }
 
 /** Keeps a frame for later, all of it in its bounce. */
@@ -229,7 +244,7 @@ function deliverHeld(): void {
     const outcome = deliverStored(
       frame + NET_HDR_SIZE,
       length,
-      load<u64>(frame),
+      withFlags(load<u64>(frame)),
       load<u16>(frame, NET_HDR_CSUM_OFFSET),
     );
     if (outcome == BUFFERS_NONE || outcome == BUFFERS_BROKEN) return;

@@ -166,7 +166,10 @@ class PollerThread {
       const fd = this.#epoll.ready(i);
       const kicked = this.#kickOwners.get(fd)?.[0];
       if (kicked) kicked.kicks[0]!++;
-      for (const { file } of this.#files) if (file?.fd === fd) file.waits = false;
+      for (const { file } of this.#files) {
+        if (file?.fd !== fd) continue;
+        if (file.direction === "receive" ? this.#epoll.isReadable(i) : this.#epoll.isWritable(i)) file.waits = false;
+      }
     }
   }
 

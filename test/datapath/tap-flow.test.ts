@@ -272,7 +272,7 @@ describe("a network that takes nothing: BI-312", () => {
     ]);
   }
 
-  it.fails.each(["io_uring", "aio", "rw"])(
+  it.each(["io_uring", "aio", "rw"])(
     "%s: frames wait in the guest's ring, nothing is lost, others are not held up",
     async (io) => {
       ip("link", "add", "br0", "type", "bridge");
