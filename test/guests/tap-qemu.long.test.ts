@@ -1,4 +1,5 @@
 /** Machines that QEMU makes on TAP interfaces, one or two for each test: what is not in the short test for the time it takes. */
+import { setTimeout as delay } from "node:timers/promises";
 import { afterEach, describe, expect, test } from "vitest";
 import {
   VIRTIO_F_RING_PACKED,
@@ -7,8 +8,17 @@ import {
   VIRTIO_NET_F_MRG_RXBUF,
 } from "../../src/layout/virtio.ts";
 import { OFFLOAD_FEATURES } from "../../src/ports/offloads.ts";
-import { expectDownload, expectEveryPing, expectNoComplaints, pingFromEveryCpu, serveFile } from "./guest-traffic.ts";
+import {
+  Download,
+  expectDownload,
+  expectEveryPing,
+  expectNoComplaints,
+  pingFromEveryCpu,
+  serveFile,
+} from "./guest-traffic.ts";
+import { hostEnd } from "./host-end.ts";
 import { INITRAMFS_TOOLS } from "./initramfs.ts";
+import { macOf } from "./linux-guest.ts";
 import { missingForNetworks, Network } from "./network.ts";
 import type { GuestSettings } from "./qemu-pair.ts";
 import { QemuOnTap } from "./qemu-tap.ts";
@@ -89,6 +99,34 @@ describe.skipIf(missing !== undefined)(`QEMU on TAP interfaces${missing ? `: ${m
       await machine!.expectToSurviveKills(3);
       await expectNoComplaints(machine!.guest);
     });
+  });
+
+  test("a guest's driver lets its device go and takes it again, under traffic", async () => {
+    const { guest, network } = await boot({});
+    for (let time = 0; time < 3; time++) {
+      await using _flood = network.start("flood", hostEnd("flood", guest.ip, 9, 10_000_000, 1000));
+      await guest.check(`
+        device=$(basename $(readlink /sys/class/net/eth0/device))
+        echo $device >/sys/bus/virtio/drivers/virtio_net/unbind
+        echo $device >/sys/bus/virtio/drivers/virtio_net/bind
+        ip link set eth0 address ${macOf(guest.ip)} up
+        ip addr add ${guest.ip}/24 dev eth0`);
+      await delay(200);
+    }
+    await machine!.expectTraffic();
+    await expectNoComplaints(guest);
+  });
+
+  test("memory is plugged in under a download", async () => {
+    const { guest, network } = await boot({ memoryMaxMiB: 2048 });
+    const download = await Download.start(network, guest);
+    await download.progress(2 ** 20);
+    await guest.plugMemory(256);
+    await download.complete();
+    // what is used from now on is in part the new memory
+    await guest.check("mkdir /fill && mount -t tmpfs -o size=400m fill /fill && head -c 350m /dev/zero >/fill/fill");
+    await machine!.expectTraffic();
+    await expectNoComplaints(guest);
   });
 
   test("a legacy device, without VIRTIO_F_VERSION_1", async () => {
