@@ -7,7 +7,7 @@ import fc from "fast-check";
 import { expect, test } from "vitest";
 import { type Shape, frameOf } from "./chains.ts";
 import { type Answer, EAGAIN, EBADFD, EFAULT, EINVAL, EIO, ENOMEM } from "./file-kernel.ts";
-import { FileWorld, inFile, withoutNumBuffers } from "./file-world.ts";
+import { FileWorld, inFile } from "./file-world.ts";
 import { positionOf } from "./reference-packed.ts";
 import { type Variant, ringAt } from "./rig.ts";
 import { runs } from "./runs.ts";
@@ -61,6 +61,7 @@ const operation = fc.oneof(
     arbitrary: fc.record({
       type: fc.constant("turn" as const),
       budget: fc.oneof({ weight: 5, arbitrary: fc.constant(64) }, fc.integer({ min: 0, max: 3 })),
+      reads: fc.constantFrom(undefined, undefined, 1, 4, 64),
       answers: fc.oneof(fc.constant([]), fc.array(answer, { maxLength: 20 })),
     }),
   },
@@ -79,6 +80,7 @@ const plan = fc.record({
   legacy: fc.boolean(),
   indirect: fc.boolean(),
   eventIdx: fc.boolean(),
+  offloads: fc.nat(15),
   base: fc.oneof(fc.constantFrom(0, 65_535, 65_530), fc.nat(65_535)),
   layout: fc.constantFrom("io_uring" as const, "aio" as const),
   variant: fc.constantFrom<Variant[]>(1, 2, 5, "hooked"),
@@ -89,7 +91,7 @@ test("a lane that reads a file, at random", { timeout: 240_000 }, () => {
   let [everHeld, everMerged, dropped] = [0, 0, 0];
   fc.assert(
     fc.property(plan, fc.array(operation, { minLength: 5, maxLength: 80, size: "max" }), (options, operations) => {
-      const { packed, mergeable, legacy, indirect, eventIdx, layout, variant, frameBytesMax } = options;
+      const { packed, mergeable, legacy, indirect, eventIdx, offloads, layout, variant, frameBytesMax } = options;
       const size = packed ? options.size : 2 ** Math.ceil(Math.log2(options.size));
       const base = packed ? positionOf((options.base & 0x7fff) % size, options.base >> 15) : options.base;
       const headerBytes = !mergeable && legacy ? 10 : 12;
@@ -107,7 +109,7 @@ test("a lane that reads a file, at random", { timeout: 240_000 }, () => {
             { gpa: DATA + 0x10_0000n, sizeBytes: 0x1_5000 },
           ],
           ...(variant === 5 ? { parts: { sizeBytes: Math.max(ringBytes, 0x3000), overlapBytes: 0x1000 } } : {}),
-          ring: ringAt(RING, size, { packed, mergeable, indirect, eventIdx, base, headerBytes }),
+          ring: ringAt(RING, size, { packed, mergeable, indirect, eventIdx, offloads, base, headerBytes }),
         },
       });
       let sequence = 0;
@@ -119,11 +121,12 @@ test("a lane that reads a file, at random", { timeout: 240_000 }, () => {
         return world.kernel.passed.length - forgotten - packets - drops.tooSmall;
       };
 
-      const turn = (budget: number, answers: readonly Answer[] = []) => {
+      const turn = (budget: number, answers: readonly Answer[] = [], reads?: number) => {
         let number = 0;
         world.kernel.answer = () => answers[number++];
         const before = world.rig.counters;
         const heldBefore = held();
+        if (reads !== undefined) world.reads = reads;
         const result = world.turn(budget);
         const { results } = world.kernel;
         const { packets, bytes, batches, drops } = world.rig.counters;
@@ -137,13 +140,14 @@ test("a lane that reads a file, at random", { timeout: 240_000 }, () => {
         const of = (...found: (number | undefined)[]) => results.filter((each) => found.includes(each)).length;
         expect(drops.malformed - before.drops.malformed).toBe(of(EFAULT));
         expect(drops.badFrame - before.drops.badFrame).toBe(of(0, 25));
-        expect(drops.noBuffer - before.drops.noBuffer).toBe(of(ENOMEM));
+        expect(drops.noBuffer).toBe(0);
         // held() counts from outside, isHolding says what the core thinks
         expect(held() > 0).toBe(world.isHolding);
         if (held() > 0) everHeld++;
         const nothing = of(EAGAIN, EIO, EBADFD, EINVAL, ENOMEM, undefined);
         expect(result.fileWaits).toBe(nothing > 0 && held() === 0);
-        expect(result.fileAsk).toBe(of(undefined) > 0 && held() === 0);
+        // whoever found the file empty hears of it when it is not
+        expect(result.fileAsk).toBe(result.fileWaits && of(EAGAIN, EIO, EBADFD, EINVAL) === 0);
         expect(result.broke).toBe(false);
         return result;
       };
@@ -164,7 +168,7 @@ test("a lane that reads a file, at random", { timeout: 240_000 }, () => {
             if (length <= frameBytesMax) world.kernel.queue.push(inFile(header, frameOf(sequence++, length)));
           }
         } else if (op.type === "post") for (const length of op.lengths) post(length, op.shape);
-        else if (op.type === "turn") turn(op.budget, op.answers);
+        else if (op.type === "turn") turn(op.budget, op.answers, op.reads);
         else if (op.type === "reap") world.reapReceived();
         else if (op.type === "calls") world.driver.queue.enableInterrupts();
         else if (op.type === "no calls") world.driver.queue.disableInterrupts();
@@ -202,7 +206,7 @@ test("a lane that reads a file, at random", { timeout: 240_000 }, () => {
       // the guest has no memory left for buffers, or the lane would go on
       if (held() > 0) expect(world.arm()).toBe(false);
       let next = 0;
-      const read = world.kernel.passed.map(withoutNumBuffers);
+      const read = world.kernel.passed.map((frame) => world.arriving(frame));
       for (const frame of world.received) {
         while (next < read.length && Buffer.compare(read[next]!, frame) !== 0) next++;
         expect(next++).toBeLessThan(read.length);
@@ -212,7 +216,7 @@ test("a lane that reads a file, at random", { timeout: 240_000 }, () => {
       if (everHeld === 0) expect(world.driver.scribbled).toBe(0);
       world.mustLeaveTheRest();
     }),
-    { numRuns: runs(100), seed: 15 },
+    { numRuns: runs(100), seed: 15, endOnFailure: true },
   );
   expect(everHeld).toBeGreaterThan(100);
   expect(everMerged).toBeGreaterThan(10);

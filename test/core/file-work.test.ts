@@ -83,9 +83,9 @@ describe("one turn reads a bounded number of descriptors", () => {
     const long = new LongChains("receive");
     long.lay(last);
     long.raw.offer(...Array<number>(SIZE).fill(0));
-    // more with each turn, as long as there are frames
     long.give(...Array<number>(300).fill(60));
     for (let turn = 0; turn < 6; turn++) {
+      long.lane.reads = 64;
       long.turn();
       expect(long.lane.arm()).toBe(true); // there are more: do not sleep
     }
@@ -110,14 +110,13 @@ describe("one turn reads a bounded number of descriptors", () => {
   test.each([true, false])("held frames, then chains of 32768 descriptors and one byte (mergeable %s)", (mergeable) => {
     const long = new LongChains("receive", { mergeable });
     long.raw.describe(0, { gpa: DATA, len: 100, flags: WRITE });
-    // so that many are read at once
-    long.give(...Array<number>(21).fill(60));
-    long.raw.offer(...Array<number>(85).fill(0));
-    for (let turn = 0; turn < 3; turn++) long.turn();
-    expect(long.raw.used().length).toBe(21);
-    long.give(...Array<number>(64).fill(70));
-    long.lane.kernel.answer = (number) => (number === 21 ? EAGAIN : undefined);
+    long.raw.offer(...Array<number>(65).fill(0));
+    long.give(60);
     long.turn();
+    long.give(...Array<number>(64).fill(70));
+    long.lane.kernel.answer = (number) => (number === 1 ? EAGAIN : undefined);
+    long.lane.reads = 64;
+    expect(long.turn().requests).toBe(64);
     expect(long.lane.isHolding).toBe(true);
     // the buffers that there were are now others: the driver is a bad one
     long.lay({ len: 1, flags: 0 });

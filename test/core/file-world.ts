@@ -8,6 +8,7 @@ import type { VirtqueueDriver } from "../../src/driver/virtqueue.ts";
 import {
   DESTINATION_EXTENTS,
   DESTINATION_VRING,
+  OFFLOAD_CSUM,
   POLL_BROKE_DESTINATION,
   POLL_BROKE_SOURCE,
   POLL_CALL_DESTINATION,
@@ -19,7 +20,7 @@ import {
   SOURCE_VRING,
   VRING_BYTES,
 } from "../../src/layout/lane.ts";
-import { FILE_FRAME_BYTES_MAX, HELD_END, HELD_NEXT } from "../../src/layout/requests.ts";
+import { FILE_FRAME_BYTES_MAX, HELD_END, HELD_NEXT, READS_NEXT } from "../../src/layout/requests.ts";
 import { Bump, type Shape, cut } from "./chains.ts";
 import { FakeKernel, type Layout } from "./file-kernel.ts";
 import type { Access } from "./hooked-core.ts";
@@ -64,6 +65,8 @@ export class FileDriver {
   /** By their numbers; tables are no buffers. */
   readonly #buffers = new Map<number, Outstanding>();
   #numbers = 0;
+  /** Of the chain that is being laid. */
+  #taken: readonly Part[] = [];
   /** Chains that came back with bytes changed behind what was written to them. */
   scribbled = 0;
 
@@ -86,6 +89,7 @@ export class FileDriver {
     const limit = isTable ? this.#ring.size : this.queue.numFree;
     if (this.queue.numFree === 0) return false;
     const parts: Part[] = [];
+    this.#taken = parts;
     for (const len of cut(length, shape, limit)) {
       const gpa = this.#take(len, shape.gap);
       if (gpa === undefined) return false;
@@ -101,6 +105,7 @@ export class FileDriver {
     if (tableGap !== undefined && table === undefined) return false;
     const id = table === undefined ? this.queue.add(chain) : this.#addIndirect(chain, table);
     if (id < 0) return false;
+    this.#taken = [];
     const lent = table === undefined ? parts : [...parts, { gpa: table, len: 16 * chain.length }];
     let done = 0;
     for (const { gpa, len } of parts) {
@@ -168,7 +173,9 @@ export class FileDriver {
     }
     if (gpa === undefined || length === 0) return gpa;
     const at = this.#ram.at(gpa);
-    return this.#lent.subarray(at, at + length).some((number) => number !== 0) ? undefined : gpa;
+    const end = gpa + BigInt(length);
+    const isTaken = this.#taken.some((part) => part.len > 0 && part.gpa < end && gpa < part.gpa + BigInt(part.len));
+    return isTaken || this.#lent.subarray(at, at + length).some((number) => number !== 0) ? undefined : gpa;
   }
 
   #lend({ gpa, len }: Part, lent: number): void {
@@ -283,6 +290,11 @@ export class FileLane {
     });
   }
 
+  /** How many reads the next turn may ask for at once, whatever the lane would have guessed. */
+  set reads(count: number) {
+    this.view.setUint32(READS_NEXT, count, true);
+  }
+
   /** @param meanwhile done between the request and the system call */
   turn(budget = 64, meanwhile = (): void => undefined): Turn {
     const requests = this.rig.core.prepare(budget);
@@ -386,6 +398,13 @@ export class FileWorld extends FileLane {
     return count;
   }
 
+  /** How a frame in the file must arrive in `received`: a driver that does not take checksums gets no flags. */
+  arriving(frame: Uint8Array): Uint8Array {
+    const bytes = withoutNumBuffers(frame);
+    if (!(this.ring.offloads & OFFLOAD_CSUM)) bytes[0] = 0;
+    return bytes;
+  }
+
   /** RAM that is no buffer, table or ring is as it was. */
   mustLeaveTheRest(): void {
     const { touched } = this.driver;
@@ -402,7 +421,7 @@ export function inFile(header: Uint8Array, frame: Uint8Array): Uint8Array {
   return Uint8Array.from(Buffer.concat([header, frame]));
 }
 
-/** What must arrive in the guest of a frame in the file; what must have been in the guest of a sent one. */
+/** A frame in the file as `received` has it. */
 export function withoutNumBuffers(frame: Uint8Array): Uint8Array {
   return Uint8Array.from(Buffer.concat([frame.subarray(0, 10), frame.subarray(12)]));
 }
