@@ -6,7 +6,7 @@
  */
 import { lstatSync, unlinkSync } from "node:fs";
 import koffi from "koffi";
-import { ConfigError } from "../src/errors.ts";
+import { ConfigError, SystemError } from "../src/errors.ts";
 import { setCloseOnExec, setNonBlocking } from "./fd.ts";
 import { check, close, EAGAIN, ECONNREFUSED, EINTR, ENOENT, errno, libc, systemError } from "./libc.ts";
 
@@ -210,9 +210,15 @@ function socketAddress(path: string): Buffer {
   return Buffer.concat([family, bytes]);
 }
 
-/** Removes a socket file that nobody listens on. @throws ConfigError if somebody does, or if it is no socket */
+/** Removes a socket file that nobody listens on. @throws ConfigError if somebody does, or if it is no socket; SystemError */
 export function removeStaleSocket(path: string): void {
-  const found = lstatSync(path, { throwIfNoEntry: false });
+  let found;
+  try {
+    found = lstatSync(path, { throwIfNoEntry: false });
+  } catch (error) {
+    const { code = "EIO", errno: number = 0 } = error as NodeJS.ErrnoException;
+    throw new SystemError("lstat", -number, code, `looking for socket ${path}`);
+  }
   if (!found) return;
   if (!found.isSocket()) throw new ConfigError(`${path} exists and is no socket; remove it or choose another path`);
   if (isServed(path))

@@ -273,15 +273,18 @@ export class TapPort implements FilePort {
       this.#tellNews({ type: news, name: this.name });
       return;
     }
-    this.#tap.name = news.name;
-    const state = news.isUp ? "up" : "down";
+    // News may be old when they are read: of what was set up before, or of what is being deleted.
+    const now = findInterface(news.index);
+    if (!now) return;
+    this.#tap.name = now.name;
+    const state = now.isUp ? "up" : "down";
     if (state !== this.#state) {
       this.#state = state;
       this.#tellNews({ type: state, name: this.name });
     }
-    if (news.mtu !== this.#mtu) {
-      this.#mtu = news.mtu;
-      this.#tellNews({ type: "mtu", name: this.name, mtu: news.mtu });
+    if (now.mtu !== this.#mtu) {
+      this.#mtu = now.mtu;
+      this.#tellNews({ type: "mtu", name: this.name, mtu: now.mtu });
     }
   }
 
