@@ -31,8 +31,9 @@ function describe({ socket, state }: FoundRelay): string {
   const lines = [`relay ${socket}`];
   for (const link of state.links) {
     lines.push(`  ${link.name}: ${link.ports.map(describePort).join("  <->  ")}`);
-    if (link.lanes.length > 0) lines.push(...table(link.lanes).map((line) => `    ${line}`));
-    for (const lane of link.lanes) {
+    const lanes = link.lanes.toSorted((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));
+    if (lanes.length > 0) lines.push(...table(lanes).map((line) => `    ${line}`));
+    for (const lane of lanes) {
       const drops = Object.entries(lane.drops).filter(([, n]) => n > 0);
       if (drops.length > 0)
         lines.push(`    ${lane.name} dropped: ${drops.map(([reason, n]) => `${reason} ${n}`).join(", ")}`);
@@ -41,8 +42,10 @@ function describe({ socket, state }: FoundRelay): string {
   return `${lines.join("\n")}\n`;
 }
 
-function describePort({ port, state, mtu }: PortState): string {
-  return `${port} (${state}${mtu === null ? "" : `, mtu ${mtu}`})`;
+function describePort({ port, state, mtu, interface: reached }: PortState): string {
+  const facts = [state, mtu === null ? "" : `mtu ${mtu}`];
+  if (reached) facts.push(`${reached.name} by ${reached.method}`);
+  return `${port} (${facts.filter((fact) => fact !== "").join(", ")})`;
 }
 
 function table(lanes: readonly LaneSnapshot[]): string[] {

@@ -65,6 +65,8 @@ export interface PortState {
   state: GuestPort["state"] | FilePort["state"] | "ready";
   /** The guest's MTU, or the interface's; null: nobody said. */
   mtu: number | null;
+  /** Of a tap port: the interface's name, and how it is reached. */
+  interface?: { name: string; method: RequestMethod };
 }
 
 export interface LaneSnapshot extends LaneCounters {
@@ -209,7 +211,9 @@ function namesOf(port: Spec): string[] {
 
 function portState(port: AnyPort): PortState {
   if (!isGuestPort(port) && !isFilePort(port)) return { port: port.spec, state: "ready", mtu: null };
-  return { port: port.spec, state: port.state, mtu: port.mtu ?? null };
+  const state: PortState = { port: port.spec, state: port.state, mtu: port.mtu ?? null };
+  if (isFilePort(port)) state.interface = { name: port.name, method: port.methods[0] as RequestMethod };
+  return state;
 }
 
 function snapshot(link: Link, { lane, pair, source, destination, running, trapped }: PlacedLane): LaneSnapshot {

@@ -82,6 +82,8 @@ export interface LinkSide {
 export interface FilePort {
   readonly kind: "tap";
   readonly spec: string;
+  /** Of the interface. */
+  readonly name: string;
   /** Non-blocking fds, at least one. */
   readonly queues: readonly number[];
   /** Numbers of the offload features that a guest may be offered. Known once it is open. */
@@ -89,7 +91,7 @@ export interface FilePort {
   /** Undefined: not known. */
   readonly mtu: number | undefined;
   readonly state: "up" | "down" | "gone";
-  /** The ways to read and write the files that may be tried, in order. */
+  /** The ways to read and write the files: the one that is used, and those to be tried should it fail. */
   readonly methods: readonly RequestMethod[];
   /**
    * @param change for changes that the lanes must know of
