@@ -6,6 +6,7 @@ import { execFileSync } from "node:child_process";
 import { setTimeout as sleep } from "node:timers/promises";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { libc } from "../../native/libc.ts";
+import { findInterface } from "../../native/network-interface.ts";
 import { openTap } from "../../native/tun.ts";
 import { RECEIVEQ } from "../../src/layout/virtio.ts";
 import { PacketSocket, isNumbered, numberOf, numbered } from "./tap-packets.ts";
@@ -249,43 +250,37 @@ describe("a guest without receive buffers", () => {
 describe("a network that takes nothing: BI-312", () => {
   const KIB_128 = 128 << 10;
 
-  /** The stack holds what leaves the bridge, so it counts as sent by the interface that it came from. */
+  /** A bridge whose other port sends at a crawl. What it holds counts as sent by the interface that it came from, until it is gone. */
+  async function startPlugged(io: string): Promise<void> {
+    ip("link", "add", "br0", "type", "bridge");
+    ip("link", "set", "br0", "up");
+    ip("link", "add", "near", "type", "veth", "peer", "name", "far");
+    ip("link", "set", "near", "up", "master", "br0");
+    ip("link", "set", "far", "up");
+    const { fds } = openTap("given", 1);
+    expect(ioctl(fds[0]!, TUNSETSNDBUF, new Int32Array([KIB_128]))).toBe(0);
+    plug();
+    await stage.start([`tap:fd=${fds[0]},bridge=br0,io=${io}`, "tap:tap1"]);
+    const forwards = (port: string) => ip("-d", "link", "show", port).includes("state forwarding");
+    await until("the bridge forwards", () => forwards("given") && forwards("near"));
+  }
+
+  function queueing(...words: string[]): void {
+    execFileSync("tc", ["qdisc", "replace", "dev", "near", "root", "tbf", ...words]);
+  }
+
   function plug(): void {
-    const tbf = "tbf rate 32kbit burst 2000 limit 100000000";
-    execFileSync("tc", ["qdisc", "replace", "dev", "near", "root", ...tbf.split(" ")]);
+    queueing("rate", "32kbit", "burst", "2000", "limit", "100mb");
   }
 
   function unplug(): void {
-    execFileSync("tc", [
-      "qdisc",
-      "replace",
-      "dev",
-      "near",
-      "root",
-      "tbf",
-      "rate",
-      "10gbit",
-      "burst",
-      "100mb",
-      "limit",
-      "100mb",
-    ]);
+    queueing("rate", "10gbit", "burst", "100mb", "limit", "100mb");
   }
 
   it.each(["io_uring", "aio", "rw"])(
     "%s: frames wait in the guest's ring, nothing is lost, others are not held up",
     async (io) => {
-      ip("link", "add", "br0", "type", "bridge");
-      ip("link", "set", "br0", "up");
-      ip("link", "add", "near", "type", "veth", "peer", "name", "far");
-      ip("link", "set", "near", "up", "master", "br0");
-      ip("link", "set", "far", "up");
-      const { fds } = openTap("given", 1);
-      expect(ioctl(fds[0]!, TUNSETSNDBUF, new Int32Array([KIB_128]))).toBe(0);
-      plug();
-      await stage.start([`tap:fd=${fds[0]},bridge=br0,io=${io}`, "tap:tap1"]);
-      const forwards = (port: string) => ip("-d", "link", "show", port).includes("state forwarding");
-      await until("the bridge forwards", () => forwards("given") && forwards("near"));
+      await startPlugged(io);
       const stuck = await stage.vm("a");
       const other = await stage.vm("b");
       const far = stage.open.use(new PacketSocket("far"));
@@ -312,4 +307,44 @@ describe("a network that takes nothing: BI-312", () => {
       expect(stage.dropped).toBe(0);
     },
   );
+
+  it("that is deleted meanwhile: what waits is dropped", async () => {
+    await startPlugged("io_uring");
+    const vm = await stage.vm("a");
+    for (const k of range(0, 250)) expect(vm.send(numbered(k, 1500))).toBe(true);
+    await expectAsleep();
+    const waiting = vm.unsent();
+    expect(waiting).toBeGreaterThan(100);
+    ip("link", "del", "given");
+    await until("all are given back", () => vm.unsent() === 0);
+    expect(stage.lane("send").drops.noReceiver).toBeLessThanOrEqual(waiting);
+    expect(stage.lane("send").drops.noReceiver).toBeGreaterThan(waiting - 10);
+  });
+
+  it("that is brought down meanwhile: what waits goes on, or is dropped, when it is up again at the latest", async () => {
+    await startPlugged("aio");
+    const vm = await stage.vm("a");
+    for (const k of range(0, 250)) expect(vm.send(numbered(k, 1500))).toBe(true);
+    await expectAsleep();
+    ip("link", "set", "given", "down");
+    await until("it is told", () => stage.news.includes("down"));
+    await expectAsleep();
+    unplug();
+    await expectAsleep();
+    ip("link", "set", "given", "up");
+    await until("all are given back", () => vm.unsent() === 0);
+    const far = stage.open.use(new PacketSocket("far"));
+    const goesOn = (): boolean => (vm.send(numbered(1000, 60)), drain(far).includes(1000));
+    await until("frames go on", goesOn);
+  });
+
+  it("and the relay that ends meanwhile", async () => {
+    await startPlugged("io_uring");
+    const vm = await stage.vm("a");
+    for (const k of range(0, 250)) expect(vm.send(numbered(k, 1500))).toBe(true);
+    await expectAsleep();
+    await stage.relay!.close();
+    unplug();
+    await until("the interface is gone", () => findInterface("given") === undefined);
+  });
 });
