@@ -106,6 +106,19 @@ describe.each(formats)("packed $packed, header of $headerBytes", (ring) => {
     }
   });
 
+  test.each([1022, 1023, 1024, 1025])("%i descriptors, all of which the file gets bytes of", (count) => {
+    const world = worldOf(2048, { ring });
+    const frame = frameOf(1, 3000);
+    const { headerBytes } = world.ring;
+    const cuts = [headerBytes + 1, ...Array<number>(count - 2).fill(1), 3000 - 1 - (count - 2)];
+    const parts = cuts.map((len, i) => ({ gpa: DATA + BigInt(2 * i + (i > 0 ? 64 : 0)), len }));
+    world.driver.addParts(parts, undefined, Buffer.concat([HEADER.subarray(0, headerBytes), frame]));
+    world.driver.publish();
+    expect(world.turn()).toMatchObject({ requests: 1, count: 1 });
+    expect(world.reapSent()).toBe(1);
+    expect(arrived(world)).toEqual([expected(world, frame)]);
+  });
+
   test.each([1, 2, 5] as const)("%i segments, buffers across their ends", (variant) => {
     const world = worldOf(16, { ring, variant });
     const sent: Buffer[] = [];
