@@ -313,9 +313,9 @@ describe("a guest that changes under traffic", () => {
     for (let change = 0; change < 30; change++) {
       await traffic.carries(31);
       const index = change % 3 === 0 ? RECEIVEQ : TRANSMITQ;
-      const change_ = frontend.getVringBase(index);
+      const stopped = frontend.getVringBase(index);
       traffic.turn();
-      await change_;
+      await stopped;
       for (let turn = 0; turn < 3; turn++) traffic.turn();
       await traffic.vm.startRing(index);
     }

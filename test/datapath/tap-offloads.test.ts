@@ -179,8 +179,7 @@ describe("features that are offered", () => {
   });
 
   it("UDP segmentation is not where another VM is at the other end", async () => {
-    const relay = await (await import("../../src/index.ts")).Relay.start({ links: [[stage.port("a"), "loopback"]] });
-    stage.relay = relay;
+    await stage.start(["loopback"]);
     const { offered } = await stage.vm("a");
     for (const feature of USO) expect(has(offered, feature)).toBe(false);
   });
