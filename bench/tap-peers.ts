@@ -5,8 +5,7 @@
  * The VM is DPDK's testpmd (a net_virtio_user port, txonly), on a CPU of its own. Its frames are for somebody else,
  * so the host throws them away as soon as they have arrived. All back-ends are up all the time; they take turns.
  */
-import { spawnSync } from "node:child_process";
-import { existsSync, mkdtempSync, rmSync } from "node:fs";
+import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
@@ -14,7 +13,7 @@ import { Program } from "../test/guests/program.ts";
 import { Relay } from "../test/guests/relay.ts";
 import { Testpmd } from "../test/guests/testpmd.ts";
 import { median, printTable, ratio, spread } from "./figures.ts";
-import { interfaceCounters, ip } from "./tap-host.ts";
+import { interfaceCounters } from "./tap-host.ts";
 
 export interface PeersOptions {
   rounds: number;
@@ -52,18 +51,13 @@ export async function comparePeers({ rounds, backEndCpu, guestCpu }: PeersOption
     `\npeers: a VM sends (DPDK virtio_user on CPU ${guestCpu}), the back-end on CPU ${backEndCpu} passes it to a TAP;`,
   );
   console.log(`median (min..max) of ${rounds} turns of ${TURN_MS / 1000} s`);
-  const starts: [name: string, start: (socket: string) => Promise<BackEnd | string>][] = [
-    ["relay", () => relay(stack, backEndCpu)],
-    ["DPDK vhost - net_tap", (socket) => dpdk(stack, socket, backEndCpu)],
-    ["passt", (socket) => passt(stack, socket, backEndCpu)],
+  const starts: ((socket: string) => Promise<BackEnd>)[] = [
+    () => relay(stack, backEndCpu),
+    (socket) => dpdk(stack, socket, backEndCpu),
   ];
   const contestants: Contestant[] = [];
-  for (const [i, [name, start]] of starts.entries()) {
+  for (const [i, start] of starts.entries()) {
     const backEnd = await start(join(directory, `${i}.sock`));
-    if (typeof backEnd === "string") {
-      console.log(`${name}: skipped: ${backEnd}`);
-      continue;
-    }
     const args = ["--forward-mode=txonly"];
     const options = { sockets: [backEnd.socket], mergeable: true, cpus: String(guestCpu), args };
     const guest = stack.use(await Testpmd.start(options));
@@ -130,31 +124,4 @@ async function dpdk(stack: AsyncDisposableStack, socket: string, cpu: number): P
   );
   await process.until("its prompt", () => process.stdout.includes("testpmd>") || undefined);
   return { name: "DPDK vhost - net_tap", socket, process, frames: () => interfaceCounters(name).received };
-}
-
-/**
- * passt has no TAP: it opens sockets for what the VM sends. So what leaves by a dummy interface counts.
- */
-async function passt(stack: AsyncDisposableStack, socket: string, cpu: number): Promise<BackEnd | string> {
-  const { error, stdout, stderr } = spawnSync("passt", ["--help"], { encoding: "utf8" });
-  if (error) return "not installed";
-  if (!`${stdout}${stderr}`.includes("--vhost-user")) return "this version has no --vhost-user; 2024_11 or later has";
-  const name = "bench-passt";
-  const commands = [
-    "link set lo up",
-    `link add ${name} type dummy`,
-    `addr add 198.18.0.1/24 dev ${name}`,
-    `link set ${name} up`,
-    `neigh add 198.18.0.2 lladdr 02:00:00:00:00:02 dev ${name}`,
-    `route add default via 198.18.0.2`,
-  ];
-  commands.forEach(ip);
-  const process = stack.use(
-    new Program("passt", [
-      ...`taskset -c ${cpu} passt --vhost-user -f -q --runas 0 -s ${socket} -i ${name}`.split(" "),
-      ..."-a 198.18.0.1 -n 24 -g 198.18.0.2".split(" "),
-    ]),
-  );
-  await process.until("its socket", () => existsSync(socket) || undefined);
-  return { name: "passt", socket, process, frames: () => interfaceCounters(name).sent };
 }

@@ -20,8 +20,8 @@ const help = `npm run bench:tap -- [OPTIONS]
 
   loop     CPU time a frame of the core with each way of asking the kernel (io_uring, aio, rw), against a C program's
            loop of write() or read(), on one TAP interface in one thread. rate: of C's; 1.00 is as fast as C
-  peers    a VM that sends (DPDK testpmd, virtio_user) through the relay, through DPDK's net_vhost and net_tap, and
-           through passt: frames a second, CPU time a frame
+  peers    a VM that sends (DPDK testpmd, virtio_user) through the relay, and through DPDK's net_vhost and net_tap:
+           frames a second, CPU time a frame
   qemu     ping and iperf3 TCP between the host and a QEMU guest (TCG): QEMU's own TAP against vhost-user and the relay
   latency  ping from the host to a user-mode Linux guest, with --poll interrupt, adaptive and busy; CPU of an idle relay
 
