@@ -5,8 +5,12 @@
  * broken, and then nothing of it is read or written.
  */
 import { EXTENTS_MAX, PIECES_MAX, PIECE_BYTES, PIECE_LENGTH, PIECE_OFFSET, PIECE_SEGMENT } from "../src/layout/lane.ts";
+import { VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE } from "../src/layout/virtio.ts";
 import { end, load8 } from "./guest";
 import { offset, segment, translate } from "./translate";
+
+/** Flags of which the only descriptor of a chain has none in a transmitq, and WRITE alone in a receiveq. */
+export const LINKS: u32 = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT;
 
 // What comes of opening a chain at a position
 export const CHAIN_READY: u32 = 0;

@@ -17,7 +17,7 @@ import {
   VRING_MERGEABLE,
   VRING_PACKED,
 } from "../src/layout/lane.ts";
-import { FILE_FRAME_BYTES_MAX } from "../src/layout/requests.ts";
+import { FRAME_BYTES_MAX } from "../src/layout/lane.ts";
 import { NET_HDR_SIZE } from "../src/layout/virtio.ts";
 import type { BenchTap } from "./c-tap.ts";
 import type { LaidFrames, TapRig } from "./tap-rig.ts";
@@ -93,7 +93,7 @@ export class TapLane implements Disposable {
     });
     this.#lane.setFile(writable ? "source" : "destination");
     // As for a guest that takes segments of 64 KiB: any buffer may be too small.
-    this.#lane.setFileFrames(FILE_FRAME_BYTES_MAX);
+    this.#lane.setFileFrames(FRAME_BYTES_MAX);
     const { segments } = rig.memory;
     this.#lane.setBases(segments);
     this.#core = instantiateCore(memory, segments, segments);

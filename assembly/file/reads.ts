@@ -7,6 +7,7 @@
 import {
   DESTINATION_PIECES,
   DESTINATION_VRING,
+  FRAME_BYTES_MAX,
   PIECE_BYTES,
   PIECE_LENGTH,
   PIECE_OFFSET,
@@ -16,17 +17,17 @@ import {
 } from "../../src/layout/lane.ts";
 import {
   BOUNCE_BYTES,
-  FILE_FRAME_BYTES_MAX,
   FILE_HEADERS,
   FILE_HEADER_BYTES,
   IOVEC_BYTES,
   READ_BYTES_MAX,
   REQUEST_IOVECS_MAX,
 } from "../../src/layout/requests.ts";
-import { NET_HDR_SIZE, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE } from "../../src/layout/virtio.ts";
+import { NET_HDR_SIZE, VRING_DESC_F_WRITE } from "../../src/layout/virtio.ts";
 import {
   CHAIN_BROKEN,
   CHAIN_READY,
+  LINKS,
   WALK_MAX,
   chainBytes,
   chainId,
@@ -73,9 +74,8 @@ import {
   requests,
 } from "./requests";
 
-const LINKS: u32 = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT;
 /** A frame with its net header. */
-const BYTES_MAX: u32 = NET_HDR_SIZE + FILE_FRAME_BYTES_MAX;
+const BYTES_MAX: u32 = NET_HDR_SIZE + FRAME_BYTES_MAX;
 
 /** Whether the requests are one read with several chains, which are the merged ones. */
 export let isLarge: bool = false;

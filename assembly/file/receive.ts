@@ -10,12 +10,9 @@
  * Nothing is read before there is a buffer: the file's own queue is the queue.
  */
 import {
-  COUNT_BATCHES,
-  COUNT_BYTES,
   COUNT_DROP_BAD_FRAME,
   COUNT_DROP_MALFORMED,
   COUNT_DROP_TOO_SMALL,
-  COUNT_PACKETS,
   DESTINATION_VRING,
   FRAME_BYTES_MIN,
   OFFLOAD_CSUM,
@@ -41,7 +38,7 @@ import { NET_HDR_CSUM_OFFSET, NET_HDR_FLAGS, NET_HDR_NUM_BUFFERS, NET_HDR_SIZE }
 import { Destination, end, store16, store64, store8 } from "../guest";
 import { requestKick } from "../notify";
 import { give, isOffered } from "../ring";
-import { count } from "../stats";
+import { count, countDelivered } from "../stats";
 import { nextAvail, setNextAvail } from "../vring";
 import {
   BUFFERS_BROKEN,
@@ -112,11 +109,7 @@ function isHolding(): bool {
 /** Gives the guest what was read. @returns POLL_* */
 export function finishReceive(): u32 {
   if (requests) takeReads();
-  if (delivered) {
-    count(COUNT_PACKETS, delivered);
-    count(COUNT_BYTES, deliveredBytes);
-    count(COUNT_BATCHES);
-  }
+  countDelivered(delivered, deliveredBytes);
   const waits = isHolding() ? 0 : waitsFor;
   waitsFor = 0;
   return <u32>delivered | waits | finishDestination();

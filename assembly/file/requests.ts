@@ -45,9 +45,8 @@ export const CARRIED_SLOTS: usize = 8;
 export const CARRIED_BEHIND: usize = 12;
 /** u32: bytes that the guest's buffers have room for, or give, in the file's terms. */
 export const CARRIED_ROOM: usize = 16;
-/** u32: the first iovec; those of the guest's buffers come before that at CARRIED_IOVECS_END. */
+/** u32: the first iovec. */
 export const CARRIED_IOVECS: usize = 20;
-export const CARRIED_IOVECS_END: usize = 24;
 /** u32, of a frame that was read and is to be delivered from its bounce: bytes, net header included; 0: none. */
 export const CARRIED_HELD: usize = 28;
 /** u32, u64: where the guest has its net header. */

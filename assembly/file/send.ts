@@ -6,15 +6,13 @@
  * ring, which is the queue.
  */
 import {
-  COUNT_BATCHES,
-  COUNT_BYTES,
   COUNT_CALLS_SOURCE,
   COUNT_DROP_BAD_FRAME,
   COUNT_DROP_DISABLED,
   COUNT_DROP_MALFORMED,
   COUNT_DROP_NO_BUFFER,
   COUNT_DROP_NO_RECEIVER,
-  COUNT_PACKETS,
+  FRAME_BYTES_MAX,
   FRAME_BYTES_MIN,
   PIECE_BYTES,
   PIECE_LENGTH,
@@ -30,24 +28,12 @@ import {
   VRING_FLAGS,
   VRING_HEADER_SIZE,
 } from "../../src/layout/lane.ts";
-import {
-  FILE_FRAME_BYTES_MAX,
-  FILE_HEADERS,
-  FILE_HEADER_BYTES,
-  REQUESTS_MAX,
-  REQUEST_IOVECS_MAX,
-} from "../../src/layout/requests.ts";
-import {
-  NET_HDR_CSUM_OFFSET,
-  NET_HDR_NUM_BUFFERS,
-  NET_HDR_SIZE,
-  VRING_DESC_F_INDIRECT,
-  VRING_DESC_F_NEXT,
-  VRING_DESC_F_WRITE,
-} from "../../src/layout/virtio.ts";
+import { FILE_HEADERS, FILE_HEADER_BYTES, REQUESTS_MAX, REQUEST_IOVECS_MAX } from "../../src/layout/requests.ts";
+import { NET_HDR_CSUM_OFFSET, NET_HDR_NUM_BUFFERS, NET_HDR_SIZE } from "../../src/layout/virtio.ts";
 import {
   CHAIN_BROKEN,
   CHAIN_REFUSED,
+  LINKS,
   WALK_MAX,
   chainBytes,
   chainId,
@@ -62,7 +48,7 @@ import { Source } from "../guest";
 import { loadCsumOffsetPieces, loadHeaderPieces } from "../net-header";
 import { requestKick } from "../notify";
 import { behind, countOffered, fits, flagsOf, give, idOf, isOffered, isRunning, open, publish, walk } from "../ring";
-import { count } from "../stats";
+import { count, countDelivered } from "../stats";
 import { offset, segment, translate } from "../translate";
 import { breakRing, nextAvail, setNextAvail } from "../vring";
 import { decideCall } from "../lane/calls";
@@ -94,8 +80,6 @@ import {
   requests,
   takeCompletions,
 } from "./requests";
-
-const LINKS: u32 = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT;
 
 /** A frame in pieces costs the kernel as much as a copy of so many bytes. */
 const COPY_BYTES_MAX: u32 = 256;
@@ -138,7 +122,7 @@ function prepareFrame(position: u32, enabled: bool): u32 {
   if (opened != 0) return opened == CHAIN_BROKEN ? BROKEN : LATER;
   const headerBytes = load<u32>(SOURCE_VRING, VRING_HEADER_SIZE);
   const bytesMin = headerBytes + FRAME_BYTES_MIN;
-  const bytesMax = headerBytes + FILE_FRAME_BYTES_MAX;
+  const bytesMax = headerBytes + FRAME_BYTES_MAX;
   const length = <u32>openedRest;
   // The usual frame: one descriptor, header and all
   if (
@@ -232,11 +216,7 @@ export function finishSend(): u32 {
     } else count(reasonOf(result));
     giveBack(load<u32>(record, CARRIED_ID), load<u32>(record, CARRIED_SLOTS), load<u32>(record, CARRIED_BEHIND));
   }
-  if (delivered) {
-    count(COUNT_PACKETS, delivered);
-    count(COUNT_BYTES, bytes);
-    count(COUNT_BATCHES);
-  }
+  countDelivered(delivered, bytes);
   // A file that is full tells when it is not only to somebody who has asked since.
   const waits: u32 = taken < requests ? POLL_FILE_WAITS | POLL_FILE_ASK : 0;
   return (taken + dropped) | waits | publishSource();

@@ -8,11 +8,8 @@
  * pieces, one frame at a time (frame.ts).
  */
 import {
-  COUNT_BATCHES,
-  COUNT_BYTES,
   COUNT_CALLS_SOURCE,
   COUNT_DROP_NO_BUFFER,
-  COUNT_PACKETS,
   POLL_BROKE_SOURCE,
   POLL_CALL_SOURCE,
   POLL_PROGRESS,
@@ -26,7 +23,7 @@ import { WALK_MAX, walked } from "../chain";
 import { Destination, Source } from "../guest";
 import { requestKick, suppressKicks } from "../notify";
 import { behind, countOffered, fits, give, isOffered, isRunning, publish } from "../ring";
-import { count } from "../stats";
+import { count, countDelivered } from "../stats";
 import { breakRing, nextAvail, setNextAvail } from "../vring";
 import { isWaiting, stopWaiting, waitingAt } from "./buffers";
 import { carryRun, runBytes, runEnd, skipRun } from "./run";
@@ -116,11 +113,7 @@ export function carryFrames(budget: u32, dropWhenStuck: bool): u32 {
 
   setNextAvail<Source>(position);
   publish<Source>();
-  if (delivered) {
-    count(COUNT_PACKETS, delivered);
-    count(COUNT_BYTES, bytes);
-    count(COUNT_BATCHES);
-  }
+  countDelivered(delivered, bytes);
   // Where buffers came back the wait begins anew: this poll does not count towards it.
   if (isWaiting() && !(dropWhenStuck && (delivered || madeSegments))) result |= POLL_WAITING;
   if (madeSegments) result |= POLL_PROGRESS;

@@ -40,19 +40,15 @@ import {
   PACKED_DESC_LEN,
   USED_ENTRY_SIZE,
   USED_RING,
-  VRING_DESC_F_INDIRECT,
-  VRING_DESC_F_NEXT,
   VRING_DESC_F_WRITE,
 } from "../../src/layout/virtio.ts";
-import { CHAIN_READY } from "../chain";
+import { CHAIN_READY, LINKS } from "../chain";
 import { Destination, Source, atomicLoad64, copy, end, load16, load64, store64 } from "../guest";
 import { asksForOffload, loadCsumOffset, loadHeader, storeHeader } from "../net-header";
 import { OWNER, availableIn, batchRoom, usedDescriptor, usedIn } from "../packed";
 import { isPacked, nextAvail, setNextAvail, vringOf } from "../vring";
 import { peekBuffer, stopWaiting } from "./buffers";
 import { passedChecksum, passesChecksum } from "./offload";
-
-const LINKS: u32 = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT;
 
 // What the run has loaded of the frame it ended before
 const LEFT_NOTHING: u32 = 0;

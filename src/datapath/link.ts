@@ -8,8 +8,7 @@
  * frames go to that one's receiveq. The leader's memory 0 is the one home of that virtqueue's state, whether the leader
  * itself runs or not; the poller borrows it for each turn of a follower. So a leader and its followers share a poller.
  */
-import { INJECT_BYTES_MAX, VRING_ENABLED } from "../layout/lane.ts";
-import { FILE_FRAME_BYTES_MAX } from "../layout/requests.ts";
+import { FRAME_BYTES_MAX, INJECT_BYTES_MAX, VRING_ENABLED } from "../layout/lane.ts";
 import {
   RECEIVEQ,
   TRANSMITQ,
@@ -274,7 +273,7 @@ function writeMemory({ lane, pair, source, destination }: PlacedLane): void {
 function largestFrame({ mtu }: FilePort, guest: PlacedLane["destination"]): number {
   const takesLarge =
     guest !== undefined && isGuestPort(guest) && LARGE_FRAMES.some((bit) => (guest.acknowledged >> BigInt(bit)) & 1n);
-  return mtu === undefined || takesLarge ? FILE_FRAME_BYTES_MAX : Math.min(FILE_FRAME_BYTES_MAX, mtu + LINK_BYTES_MAX);
+  return mtu === undefined || takesLarge ? FRAME_BYTES_MAX : Math.min(FRAME_BYTES_MAX, mtu + LINK_BYTES_MAX);
 }
 
 function vringOf(port: PlacedLane["destination"], index: number): RunningVring | undefined {

@@ -37,8 +37,6 @@ export const FORMAT_DONE_RESULT = 44; // offset of its i32 result: bytes, or an 
 
 // Where memories begin in this process (u64 each): memory 0, then the segments of the guest
 export const MEMORY_BASES = 0x28_3040;
-/** More than that a frame cannot have, in or out: link-layer header and 64 KiB, with room for VLAN tags. */
-export const FILE_FRAME_BYTES_MAX = 65_600;
 
 // Of a lane that reads (u32 each)
 export const READ_BYTES_MAX = 0x28_3090; // no frame is longer, net header included; a buffer with more room needs no bounce

@@ -8,7 +8,7 @@ import { memfdCreate } from "../../native/memfd.ts";
 import { instantiateCore } from "../../src/datapath/core.ts";
 import { Lane } from "../../src/datapath/lane.ts";
 import { VRING_ENABLED, VRING_MERGEABLE } from "../../src/layout/lane.ts";
-import { FILE_FRAME_BYTES_MAX } from "../../src/layout/requests.ts";
+import { FRAME_BYTES_MAX } from "../../src/layout/lane.ts";
 import { GuestMemory } from "../../src/memory/guest-memory.ts";
 import { frameOf } from "./chains.ts";
 import { FakeKernel } from "./file-kernel.ts";
@@ -323,7 +323,7 @@ describe("buffers of nearly 4 GiB, in a guest of 8", () => {
     const area = (gpa: bigint, length: bigint) => guest.locate(gpa, length)!;
     const lane = new Lane("large");
     lane.setFile("source");
-    lane.setFileFrames(FILE_FRAME_BYTES_MAX);
+    lane.setFileFrames(FRAME_BYTES_MAX);
     lane.setVring("destination", {
       start: Symbol("start"),
       size: 4,

@@ -19,8 +19,9 @@ import {
   SOURCE_EXTENTS,
   SOURCE_VRING,
   VRING_BYTES,
+  FRAME_BYTES_MAX,
 } from "../../src/layout/lane.ts";
-import { FILE_FRAME_BYTES_MAX, HELD_END, HELD_NEXT, READS_NEXT } from "../../src/layout/requests.ts";
+import { HELD_END, HELD_NEXT, READS_NEXT } from "../../src/layout/requests.ts";
 import { Bump, type Shape, cut } from "./chains.ts";
 import { FakeKernel, type Layout } from "./file-kernel.ts";
 import type { Access } from "./hooked-core.ts";
@@ -280,7 +281,7 @@ export class FileLane {
     new Uint8Array(lane.memory.buffer, vring, VRING_BYTES).fill(0);
     this.view.setUint32(extents, 0, true);
     lane.setFile(end);
-    if (this.direction === "receive") lane.setFileFrames(this.#plan.frameBytesMax ?? FILE_FRAME_BYTES_MAX);
+    if (this.direction === "receive") lane.setFileFrames(this.#plan.frameBytesMax ?? FRAME_BYTES_MAX);
     this.kernel = new FakeKernel({
       memory: lane.memory,
       guest: this.rig.source,
